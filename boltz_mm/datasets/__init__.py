@@ -1,0 +1,3 @@
+"""Datasets and their transforms."""
+
+from boltz_mm.datasets import transforms  # noqa: F401

@@ -1,0 +1,1 @@
+"""Optimizer wrappers, constructors and parameter schedulers."""

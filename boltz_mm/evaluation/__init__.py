@@ -1,0 +1,3 @@
+"""Evaluation."""
+
+from boltz_mm.evaluation import metrics  # noqa: F401

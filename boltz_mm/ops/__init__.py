@@ -1,0 +1,1 @@
+"""Custom operators; needs torch alone."""

@@ -1,0 +1,1 @@
+"""Data elements that cross module borders."""

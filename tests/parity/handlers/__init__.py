@@ -1,0 +1,1 @@
+"""Our side of the golden cases, one module per system or group of kinds."""
