@@ -386,9 +386,21 @@ class Box3dAttention(_WindowAttention):
             ValueError: The number of levels is not the one this module was built for.
         """
         self._check_levels(spatial_shapes)
+        projected = self.project_value(value, key_padding_mask)
+        return self.out_proj(self.attend(query, projected, spatial_shapes, ref_windows, valid_ratios))
+
+    def attend(
+        self,
+        query: Tensor,
+        projected: Tensor,
+        spatial_shapes: SpatialShapes,
+        ref_windows: Tensor,
+        valid_ratios: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`forward` between the two projections: ``projected`` is what :meth:`project_value` gave."""
         boxes, angles = self.predict_rotated_boxes(query, ref_windows)
-        output = ops.box_attention(
-            self.project_value(value, key_padding_mask),
+        return ops.box_attention(
+            projected,
             spatial_shapes,
             boxes,
             self.predict_logits(query),
@@ -396,7 +408,6 @@ class Box3dAttention(_WindowAttention):
             valid_ratios=valid_ratios,
             angles=angles,
         )
-        return self.out_proj(output)
 
     def predict_rotated_boxes(self, query: Tensor, ref_windows: Tensor) -> tuple[Tensor, Tensor]:
         """Move, scale and rotate the reference windows; arguments as in :meth:`forward`.

@@ -21,7 +21,7 @@ Held by the golden cases ``encoder_layer``, ``encoder_proposals`` and ``decoder_
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from boltz_mm.models.layers.box_attention import BoxAttention, InstanceAttention
+from boltz_mm.models.layers.box_attention import Box3dAttention, BoxAttention, InstanceAttention
 from boltz_mm.models.layers.box_position import BoxPositionalEncoding, SpatialShapes
 from boltz_mm.registry import MODELS
 
@@ -116,7 +116,7 @@ def _init_transformer(module: BaseModule) -> None:
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     for child in module.modules():
-        if isinstance(child, BoxAttention | InstanceAttention):
+        if isinstance(child, BoxAttention | InstanceAttention | Box3dAttention):
             child.reset_parameters()
 
 
@@ -203,9 +203,11 @@ class BoxTransformerEncoder(BaseModule):
         init_cfg: See :class:`mmengine.model.BaseModule`.
     """
 
+    layer_class: ClassVar[type[BaseModule]] = BoxTransformerEncoderLayer
+
     def __init__(self, num_layers: int = 6, layer_cfg: dict | None = None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
-        self.layers = ModuleList(BoxTransformerEncoderLayer(**(layer_cfg or {})) for _ in range(num_layers))
+        self.layers = ModuleList(self.layer_class(**(layer_cfg or {})) for _ in range(num_layers))
         self.embed_dims = (layer_cfg or {}).get('embed_dims', 256)
         self.enc_linear = nn.Sequential(nn.Linear(self.embed_dims, self.embed_dims), nn.LayerNorm(self.embed_dims))
         self.proposal_encoding = BoxPositionalEncoding(self.embed_dims)
@@ -414,9 +416,11 @@ class BoxTransformerDecoder(BaseModule):
         init_cfg: See :class:`mmengine.model.BaseModule`.
     """
 
+    layer_class: ClassVar[type[BaseModule]] = BoxTransformerDecoderLayer
+
     def __init__(self, num_layers: int = 6, layer_cfg: dict | None = None, init_cfg: dict | None = None) -> None:
         super().__init__(init_cfg)
-        self.layers = ModuleList(BoxTransformerDecoderLayer(**(layer_cfg or {})) for _ in range(num_layers))
+        self.layers = ModuleList(self.layer_class(**(layer_cfg or {})) for _ in range(num_layers))
 
     def init_weights(self) -> None:
         """Xavier-uniform matrices, then the attentions' own initialisation."""
