@@ -23,7 +23,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from boltz_mm import ops
-from boltz_mm.models.layers.box_position import SpatialShapes
+from boltz_mm.models.layers.box_position import Shapes
 from boltz_mm.registry import MODELS
 
 # Predicted offsets are in eighths of the window; angle offsets in sixteenths of a turn.
@@ -131,7 +131,7 @@ class _WindowAttention(BaseModule):
         logits = F.linear(query, self.linear_attn_weight, self.linear_attn_bias)
         return _at_least_float32(logits).unflatten(-1, (self.num_heads, self.num_levels, -1))
 
-    def _check_levels(self, spatial_shapes: SpatialShapes) -> None:
+    def _check_levels(self, spatial_shapes: Shapes) -> None:
         if len(spatial_shapes) != self.num_levels:
             raise ValueError(f'built for {self.num_levels} levels, got spatial_shapes {spatial_shapes}')
 
@@ -187,7 +187,7 @@ class BoxAttention(_WindowAttention):
         self,
         query: Tensor,
         value: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
@@ -217,7 +217,7 @@ class BoxAttention(_WindowAttention):
         self,
         query: Tensor,
         projected: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         valid_ratios: Tensor | None = None,
     ) -> Tensor:
@@ -269,7 +269,7 @@ class InstanceAttention(_WindowAttention):
         self,
         query: Tensor,
         value: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
@@ -305,7 +305,7 @@ class InstanceAttention(_WindowAttention):
         self,
         query: Tensor,
         projected: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         valid_ratios: Tensor | None = None,
         mask_output: bool = True,
@@ -363,7 +363,7 @@ class Box3dAttention(_WindowAttention):
         self,
         query: Tensor,
         value: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
@@ -393,7 +393,7 @@ class Box3dAttention(_WindowAttention):
         self,
         query: Tensor,
         projected: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         valid_ratios: Tensor | None = None,
     ) -> Tensor:

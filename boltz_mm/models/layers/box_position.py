@@ -25,6 +25,9 @@ from boltz_mm.registry import MODELS
 SpatialShapes = Sequence[tuple[int, int]]
 """Height and width of each level as Python numbers: reading them costs no synchronisation with the device."""
 
+Shapes = SpatialShapes | Tensor
+"""The same, or as an int64 tensor ``[L, 2]``, for code that only hands them on to an operator."""
+
 # Angle of the anchor of each attention head, as (phi + pi) / (2 pi).
 _ANCHOR_ANGLES = (0.0, 2 * math.pi / 3, -2 * math.pi / 3, 0.0, 2 * math.pi / 3, -2 * math.pi / 3, 0.0, math.pi)
 
@@ -137,6 +140,24 @@ def _level_windows(mask: Tensor, ref_size: float) -> Tensor:
 def _valid_extent(mask: Tensor) -> Tensor:
     """Number of valid columns and rows of ``mask`` ``[B, h, w]``: ``[B, 2]`` float32 as (width, height)."""
     return torch.stack(((~mask[:, 0, :]).sum(1), (~mask[:, :, 0]).sum(1)), dim=-1).float()
+
+
+def shapes_on_device(spatial_shapes: Shapes, device: torch.device) -> Tensor:
+    """Level sizes as the int64 tensor ``[L, 2]`` that operators take, without making the host wait for the device.
+
+    Args:
+        spatial_shapes: Height and width of each level.
+        device: Where the operators run.
+
+    Returns:
+        The tensor on ``device``; ``spatial_shapes`` itself if it is one already.
+    """
+    if isinstance(spatial_shapes, Tensor):
+        return spatial_shapes
+    shapes = torch.tensor(spatial_shapes, dtype=torch.int64).reshape(-1, 2)
+    if device.type == 'cuda':
+        return shapes.pin_memory().to(device, non_blocking=True)
+    return shapes.to(device)
 
 
 def valid_ratios(masks: Sequence[Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from boltz_mm.models.layers.box_attention import Box3dAttention, BoxAttention, InstanceAttention
-from boltz_mm.models.layers.box_position import BoxPositionalEncoding, SpatialShapes
+from boltz_mm.models.layers.box_position import BoxPositionalEncoding, Shapes, shapes_on_device
 from boltz_mm.registry import MODELS
 
 # The lowest finite half-precision number: what padded tokens and tokens at the border are rated.
@@ -80,7 +80,7 @@ class RoIState(NamedTuple):
     projected: Tensor
     attended: Tensor
     output: Tensor
-    spatial_shapes: SpatialShapes
+    spatial_shapes: Shapes
     ref_windows: Tensor
     valid_ratios: Tensor | None
 
@@ -156,7 +156,7 @@ class BoxTransformerEncoderLayer(_Layer):
         self,
         memory: Tensor,
         pos: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
@@ -183,7 +183,7 @@ class BoxTransformerEncoderLayer(_Layer):
         self,
         memory: Tensor,
         pos: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None,
         valid_ratios: Tensor | None,
@@ -220,13 +220,14 @@ class BoxTransformerEncoder(BaseModule):
         self,
         memory: Tensor,
         pos: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
     ) -> Tensor:
         """Run all layers; arguments and result as in :meth:`BoxTransformerEncoderLayer.forward`."""
         pos = pos.to(memory.dtype)
+        spatial_shapes = shapes_on_device(spatial_shapes, memory.device)
         for layer in self.layers:
             memory = layer(memory, pos, spatial_shapes, ref_windows, key_padding_mask, valid_ratios)
         return memory
@@ -327,7 +328,7 @@ class BoxTransformerDecoderLayer(_Layer):
         target: Tensor,
         query_pos: Tensor,
         memory: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
@@ -431,7 +432,7 @@ class BoxTransformerDecoder(BaseModule):
         target: Tensor,
         query_pos: Tensor,
         memory: Tensor,
-        spatial_shapes: SpatialShapes,
+        spatial_shapes: Shapes,
         ref_windows: Tensor,
         key_padding_mask: Tensor | None = None,
         valid_ratios: Tensor | None = None,
@@ -454,6 +455,7 @@ class BoxTransformerDecoder(BaseModule):
             Queries after each layer, and what :meth:`compute_rois` needs.
         """
         query_pos = query_pos.to(target.dtype)
+        spatial_shapes = shapes_on_device(spatial_shapes, memory.device)
         hidden_states, roi_states = [], []
         for index, layer in enumerate(self.layers):
             target, state = layer(
