@@ -48,6 +48,7 @@ class TorchvisionRepair(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find nothing; between two imports of torchvision's own, look whether its compiled part has loaded."""
         if fullname in _AFTER_EXTENSION:
             extension = sys.modules.get('torchvision.extension')
             if extension is not None and not extension._has_ops():
