@@ -1,3 +1,3 @@
 """Datasets and their transforms."""
 
-from boltz_mm.datasets import transforms  # noqa: F401
+from boltz_mm.datasets import checked_coco, coco_category_id, transforms  # noqa: F401

@@ -133,12 +133,12 @@ def crop(results: dict, top: int, left: int, shape: Shape) -> dict:
     old, (height, width) = results['img'].shape[:2], shape
     if not (0 <= top <= top + height <= old[0] and 0 <= left <= left + width <= old[1] and height and width):
         raise ValueError(f'crop {(top, left, height, width)} does not lie inside the image of {tuple(old)}')
-    window = slice(top, top + height), slice(left, left + width)
-    results.update(img=results['img'][window], img_shape=(height, width))
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    results.update(img=results['img'][rows, columns], img_shape=(height, width))
     if results.get('gt_seg_map') is not None:
-        results['gt_seg_map'] = results['gt_seg_map'][window]
+        results['gt_seg_map'] = results['gt_seg_map'][rows, columns]
     if results.get('gt_masks') is not None:
-        masks = _bitmaps(results['gt_masks']).masks[(slice(None), *window)]
+        masks = _bitmaps(results['gt_masks']).masks[:, rows, columns]
         results['gt_masks'] = BitmapMasks(masks, height, width)
     if results.get('gt_bboxes') is not None:
         _crop_boxes(results, top, left, shape)
