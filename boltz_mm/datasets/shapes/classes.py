@@ -66,7 +66,8 @@ def panoptic_metainfo(num_classes: int = DEFAULT_NUM_CLASSES) -> dict[str, Any]:
         num_classes: How many shape classes the set has.
 
     Returns:
-        ``classes``, ``thing_classes``, ``stuff_classes`` and ``palette`` (RGB), as mmdet's ``CocoPanopticDataset`` wants.
+        ``classes``, ``thing_classes``, ``stuff_classes`` and ``palette`` (RGB), as mmdet's ``CocoPanopticDataset``
+        wants them.
     """
     things = instance_metainfo(num_classes)
     return {

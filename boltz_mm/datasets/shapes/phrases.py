@@ -1,8 +1,8 @@
 """Text phrases of an image: what a person could call its objects, and which objects each phrase means.
 
-A phrase means every object of the image that fits it, so ``'red circle'`` can mean several.  Sizes are small, medium and
-large (longer side of the visible box below 1/8, up to 1/4, above 1/4 of the image's side); places are the nine fields
-of a 3 x 3 grid, by the centre of the visible box.
+A phrase means every object of the image that fits it, so ``'red circle'`` can mean several.  Sizes are small, medium
+and large (longer side of the visible box below 1/8, up to 1/4, above 1/4 of the image's side); places are the nine
+fields of a 3 x 3 grid, by the centre of the visible box.
 """
 
 from collections.abc import Sequence

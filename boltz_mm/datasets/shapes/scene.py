@@ -165,9 +165,7 @@ def _draw_clutter(canvas: np.ndarray, draws: Draws) -> None:
         _blend(canvas, np.clip(np.float32(1.1) - distance, 0, 1) * np.float32(0.6), tone)
 
 
-def _place(
-    spec: ShapesSpec, draws: Draws, label: int, owner: np.ndarray, full_areas: list[int]
-) -> _Candidate | None:
+def _place(spec: ShapesSpec, draws: Draws, label: int, owner: np.ndarray, full_areas: list[int]) -> _Candidate | None:
     """Finds a place that keeps the visibility rule and enters it into ``owner`` and ``full_areas``.
 
     The first object of an image goes to the middle if chance finds no place, so that no image stays empty.

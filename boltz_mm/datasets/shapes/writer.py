@@ -249,8 +249,8 @@ def _write_scene(root: Path, spec: ShapesSpec, split: str, index: int) -> dict[s
     """Writes the PNGs of one image; returns its annotations without the ids that depend on other images."""
     scene = make_scene(spec, split, index)
     name = f'{index + 1:012d}.png'
-    record = annotate(scene, spec, split, index)
     panoptic, semantic = label_maps(scene, spec)
+    record = annotate(scene, panoptic, spec, split, index)
     _write_png(root / split / name, scene.image[..., ::-1])
     _write_png(root / 'semantic' / split / name, semantic)
     blue_green_red = np.stack([panoptic >> 16, (panoptic >> 8) & 255, panoptic & 255], axis=-1).astype(np.uint8)
@@ -275,8 +275,8 @@ def label_maps(scene: Scene, spec: ShapesSpec) -> tuple[np.ndarray, np.ndarray]:
         spec: The set that it belongs to.
 
     Returns:
-        Panoptic ids, int32 [H, W]: k + 1 for instance k, then one id for each background texture.  Semantic labels, uint8
-        [H, W]: shape classes, then background textures.
+        Panoptic ids, int32 [H, W]: k + 1 for instance k, then one id for each background texture.  Semantic labels,
+        uint8 [H, W]: shape classes, then background textures.
     """
     semantic = scene.stuff + np.uint8(spec.num_classes)
     panoptic = len(scene.instances) + 1 + scene.stuff.astype(np.int32)
@@ -286,11 +286,12 @@ def label_maps(scene: Scene, spec: ShapesSpec) -> tuple[np.ndarray, np.ndarray]:
     return panoptic, semantic
 
 
-def annotate(scene: Scene, spec: ShapesSpec, split: str, index: int) -> dict[str, Any]:
+def annotate(scene: Scene, panoptic: np.ndarray, spec: ShapesSpec, split: str, index: int) -> dict[str, Any]:
     """Annotations of one image.
 
     Args:
         scene: The image with its ground truth.
+        panoptic: Its panoptic ids [H, W], see :func:`label_maps`.
         spec: The set that it belongs to.
         split: Its split.
         index: Its number in the split, from 0.
@@ -302,37 +303,44 @@ def annotate(scene: Scene, spec: ShapesSpec, split: str, index: int) -> dict[str
     for instance in scene.instances:
         rle = coco_mask.encode(np.asfortranarray(instance.mask.astype(np.uint8)))
         box = coco_mask.toBbox(rle).tolist()
-        annotations.append({
-            'category_id': instance.label + 1,
-            'bbox': box,
-            'area': int(coco_mask.area(rle)),
-            'iscrowd': 0,
-            'segmentation': {'size': list(rle['size']), 'counts': rle['counts'].decode()},
-            'attributes': describe(box, instance.label, instance.color, instance.pattern, spec.size),
-        })
+        annotations.append(
+            {
+                'category_id': instance.label + 1,
+                'bbox': box,
+                'area': int(coco_mask.area(rle)),
+                'iscrowd': 0,
+                'segmentation': {'size': list(rle['size']), 'counts': rle['counts'].decode()},
+                'attributes': describe(box, instance.label, instance.color, instance.pattern, spec.size),
+            }
+        )
     things = [
         {'id': k + 1, **{key: a[key] for key in ('category_id', 'bbox', 'area', 'iscrowd')}}
         for k, a in enumerate(annotations)
     ]
     phrases = make_phrases([a['attributes'] for a in annotations], spec.seed, SPLITS.index(split), index)
-    return {'annotations': annotations, 'segments_info': things + _stuff_segments(scene, spec), 'phrases': phrases}
+    return {
+        'annotations': annotations,
+        'segments_info': things + _stuff_segments(panoptic, len(things) + 1, spec),
+        'phrases': phrases,
+    }
 
 
-def _stuff_segments(scene: Scene, spec: ShapesSpec) -> list[dict[str, Any]]:
-    panoptic, _ = label_maps(scene, spec)
-    first = len(scene.instances) + 1
+def _stuff_segments(panoptic: np.ndarray, first: int, spec: ShapesSpec) -> list[dict[str, Any]]:
+    """Segments of the background textures, whose ids begin at ``first``."""
     segments = []
     for kind in range(len(STUFF_CLASSES)):
         rle = coco_mask.encode(np.asfortranarray((panoptic == first + kind).astype(np.uint8)))
         area = int(coco_mask.area(rle))
         if area:
-            segments.append({
-                'id': first + kind,
-                'category_id': spec.num_classes + 1 + kind,
-                'bbox': coco_mask.toBbox(rle).tolist(),
-                'area': area,
-                'iscrowd': 0,
-            })
+            segments.append(
+                {
+                    'id': first + kind,
+                    'category_id': spec.num_classes + 1 + kind,
+                    'bbox': coco_mask.toBbox(rle).tolist(),
+                    'area': area,
+                    'iscrowd': 0,
+                }
+            )
     return segments
 
 
@@ -348,7 +356,8 @@ def _annotation_files(records: list[dict[str, Any]], spec: ShapesSpec, split: st
         {'id': spec.num_classes + 1 + i, 'name': name, 'supercategory': 'background', 'isthing': 0}
         for i, name in enumerate(STUFF_CLASSES)
     ]
-    instances, panoptic, phrases = [], [], []
+    instances: list[dict[str, Any]] = []
+    panoptic, phrases = [], []
     for record in records:
         first = len(instances) + 1
         for k, annotation in enumerate(record['annotations']):
@@ -356,12 +365,15 @@ def _annotation_files(records: list[dict[str, Any]], spec: ShapesSpec, split: st
         panoptic.append({
             'image_id': record['id'], 'file_name': record['file_name'], 'segments_info': record['segments_info'],
         })  # fmt: skip
-        phrases.append({
-            'image_id': record['id'],
-            'phrases': [
-                {'phrase': p['phrase'], 'annotation_ids': [first + k for k in p['objects']]} for p in record['phrases']
-            ],
-        })
+        phrases.append(
+            {
+                'image_id': record['id'],
+                'phrases': [
+                    {'phrase': p['phrase'], 'annotation_ids': [first + k for k in p['objects']]}
+                    for p in record['phrases']
+                ],
+            }
+        )
     return {
         'instances': {'info': info, 'images': images, 'categories': things, 'annotations': instances},
         'panoptic': {
