@@ -1,7 +1,7 @@
 """Box, instance and rotated-box attention: the modules around :func:`boltz_mm.ops.box_attention`.
 
-Paper: "BoxeR: Box-Attention for 2D and 3D Transformers" (CVPR 2022, arXiv 2111.13087), sections 3.1, 3.2 and 4.  Official
-code: kienduynguyen/BoxeR, ``e2edet/module/box_attention.py``.
+Paper: "BoxeR: Box-Attention for 2D and 3D Transformers" (CVPR 2022, arXiv 2111.13087), sections 3.1, 3.2 and 4.
+Official code: kienduynguyen/BoxeR, ``e2edet/module/box_attention.py``.
 
 A query carries a reference window.  For each head and level a linear layer predicts how to move and scale the window,
 another one the weights of an m x m grid of points laid over the result; the sampled, weighted values are summed.
@@ -326,8 +326,9 @@ class InstanceAttention(_WindowAttention):
 class Box3dAttention(_WindowAttention):
     """Box attention in a bird's-eye view, where boxes are rotated about their centre.
 
-    Two official oddities that trained weights rely on are kept: grid offsets are divided by 2, not by the grid size, and
-    without predicted rotation the angle code of the window (0..1, which stands for a full turn) is used as radians.
+    Two official oddities that trained weights rely on are kept: grid offsets are divided by 2, not by the grid size,
+    and without predicted rotation the angle code of the window (0..1, which stands for a full turn) is taken as
+    radians.
 
     Args:
         embed_dims: Channels ``C``.

@@ -1,7 +1,7 @@
 """Encoder, choice of proposals and decoder of BoxeR-2D.
 
-Paper: "BoxeR: Box-Attention for 2D and 3D Transformers" (CVPR 2022, arXiv 2111.13087), section 3.3 and appendix.  Official
-code: kienduynguyen/BoxeR, ``e2edet/module/box_transformer.py``.
+Paper: "BoxeR: Box-Attention for 2D and 3D Transformers" (CVPR 2022, arXiv 2111.13087), section 3.3 and appendix.
+Official code: kienduynguyen/BoxeR, ``e2edet/module/box_transformer.py``.
 
 Parameters keep the official names (``layers.0.self_attn``, ``multihead_attn``, ``linear1``, ``linear2``, ``norm1``,
 ``enc_linear``), so official weights load as they are.

@@ -13,7 +13,6 @@ from boltz_mm import ops
 from boltz_mm.models.layers.box_attention import Box3dAttention, BoxAttention, InstanceAttention
 from boltz_mm.models.layers.box_position import (
     BoxPositionalEncoding,
-    reference_windows,
     reference_windows_3d,
     sine_embedding,
     valid_ratios,
