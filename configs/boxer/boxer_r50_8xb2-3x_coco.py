@@ -1,0 +1,5 @@
+_base_ = [
+    '../_base_/datasets/coco_category_id_detection.py',
+    '../_base_/models/boxer_r50.py',
+    '../_base_/schedules/boxer_3x.py',
+]
