@@ -86,9 +86,9 @@ class BoxeR3D(BaseModel):
             self.backbone = MODELS.build(backbone)
         if neck is not None:
             self.neck = MODELS.build(neck)
-        self.encoder = MODELS.build(encoder or dict(type='Box3dTransformerEncoder'))
-        self.decoder = MODELS.build(decoder or dict(type='Box3dTransformerDecoder'))
-        head = dict(bbox_head or dict(type='BoxeR3DHead'))
+        self.encoder = MODELS.build({'type': 'boltz_mm.Box3dTransformerEncoder', **(encoder or {})})
+        self.decoder = MODELS.build({'type': 'boltz_mm.Box3dTransformerDecoder', **(decoder or {})})
+        head = {'type': 'boltz_mm.BoxeR3DHead', **(bbox_head or {})}
         head |= {k: v for k, v in dict(train_cfg=train_cfg, test_cfg=test_cfg).items() if v is not None}
         self.bbox_head = MODELS.build(head)
         self._check_ranges()

@@ -70,12 +70,12 @@ class BoxeR3DHead(BaseModule):
         self.num_classes = num_classes
         self.embed_dims = embed_dims
         self.num_anchors = num_anchors
-        self.bbox_coder = TASK_UTILS.build(bbox_coder or dict(type='Box3dCoder'))
+        self.bbox_coder = TASK_UTILS.build(bbox_coder or dict(type='boltz_mm.Box3dCoder'))
         self.loss_cls = MODELS.build(
             loss_cls or dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
         )
         self.loss_bbox = MODELS.build(loss_bbox or dict(type='mmdet.L1Loss', loss_weight=5.0))
-        self.loss_iou = MODELS.build(loss_iou or dict(type='Box3dGIoULoss', loss_weight=2.0))
+        self.loss_iou = MODELS.build(loss_iou or dict(type='boltz_mm.Box3dGIoULoss', loss_weight=2.0))
         self.loss_heading = MODELS.build(loss_heading or dict(type='mmdet.L1Loss', loss_weight=4.0))
         self.assigner = TASK_UTILS.build((train_cfg or {}).get('assigner') or _published_assigner())
         self.test_cfg = dict(max_per_sample=125, score_thr=0.0) | dict(test_cfg or {})

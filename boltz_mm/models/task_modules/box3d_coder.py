@@ -29,7 +29,7 @@ class Box3dCoder:
     def __init__(self, point_cloud_range: Sequence[float] = (-75.0, -75.0, -3.0, 75.0, 75.0, 5.0)) -> None:
         self.point_cloud_range = tuple(float(v) for v in point_cloud_range)
         low, high = self.point_cloud_range[:3], self.point_cloud_range[3:]
-        if len(self.point_cloud_range) != 6 or any(a >= b for a, b in zip(low, high, strict=True)):
+        if len(self.point_cloud_range) != 6 or any(a >= b for a, b in zip(low, high, strict=False)):
             raise ValueError(f'point_cloud_range must be x, y, z minima then maxima, got {self.point_cloud_range}')
 
     def _low_and_extent(self, like: Tensor) -> tuple[Tensor, Tensor]:
