@@ -1,0 +1,117 @@
+"""What the benchmarks share: timing two sides in turn, memory in use, and how a result is printed."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of a benchmark.
+
+    Attributes:
+        name: What was timed (operator or model).
+        case: Its sizes.
+        device: ``'cpu'`` or ``'cuda'``.
+        dtype: dtype of the inputs.
+        direction: ``'fwd'``, ``'fwdbwd'`` or ``'predict'``.
+        ms: Median time in milliseconds.
+        baseline: What it is compared with.
+        baseline_ms: Median time of the baseline.
+        extra_bytes: Peak of memory allocated by the call, its results included.
+        threads: Threads that PyTorch used.
+    """
+
+    name: str
+    case: str
+    device: str
+    dtype: str
+    direction: str
+    ms: float
+    baseline: str
+    baseline_ms: float
+    extra_bytes: int
+    threads: int = field(default_factory=torch.get_num_threads)
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than the baseline."""
+        return self.baseline_ms / self.ms
+
+    def as_json(self, subject: str) -> str:
+        """The record as one JSON object; ``subject`` names the first key."""
+        values = asdict(self)
+        ordered = {subject: values.pop('name'), **values, 'ratio': self.ratio}
+        rounded = {k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in ordered.items()}
+        return json.dumps(rounded)
+
+
+def _synchronize(device: str) -> None:
+    if device == 'cuda':
+        torch.cuda.synchronize()
+
+
+def time_once(work: Work, device: str) -> float:
+    """Milliseconds of one call, finished on its device."""
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return (time.perf_counter() - start) * 1000
+
+
+def compare(ours: Work, baseline: Work, device: str, repeats: int, warmup: int = 1) -> tuple[float, float]:
+    """Time two sides in turn, so that a noisy neighbour disturbs both.
+
+    Returns:
+        Median milliseconds of ours and of the baseline.
+    """
+    for _ in range(warmup):
+        ours()
+        baseline()
+    times = [(time_once(ours, device), time_once(baseline, device)) for _ in range(repeats)]
+    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+
+def extra_bytes(work: Work, device: str) -> int:
+    """Peak memory that one call allocates through PyTorch, above what was allocated before."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    del kept
+    in_use = peak = 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted((e for e in events if e.name() == '[memory]'), key=lambda e: e.start_ns()):
+        in_use += event.nbytes()
+        peak = max(peak, in_use)
+    return peak
+
+
+def report(records: Iterable[Record], *, as_json: bool, title: str, subject: str) -> None:
+    """Print records as they come: JSON lines, or a table under a title."""
+    if not as_json:
+        print(title)
+        print(f'{subject:18}{"case":30}{"dtype":10}{"direction":10}{"ms":>10}{"baseline ms":>13}{"ratio":>7}  baseline')
+    for record in records:
+        if as_json:
+            print(record.as_json(subject), flush=True)
+        else:
+            print(
+                f'{record.name:18}{record.case:30}{record.dtype:10}{record.direction:10}{record.ms:10.2f}'
+                f'{record.baseline_ms:13.2f}{record.ratio:7.1f}  {record.baseline} '
+                f'({record.extra_bytes / 2**20:.1f} MiB extra)',
+                flush=True,
+            )
