@@ -1,1 +1,3 @@
 """Registered necks."""
+
+from boltz_mm.models.necks.boxer_neck import BoxeRNeck  # noqa: F401
