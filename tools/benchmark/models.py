@@ -12,12 +12,12 @@ import argparse
 import platform
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -30,13 +30,12 @@ from boltz_mm.utils.register import register_all_modules  # noqa: E402
 from tools.benchmark.baselines.boxer import OfficialBoxeR  # noqa: E402
 from tools.benchmark.timing import Record, compare, extra_bytes, report  # noqa: E402
 
-Work = Callable[[], object]
-
 
 def build(config: str, **changes: object) -> nn.Module:
     """A model with random weights from a config of this repository, in evaluation mode."""
     cfg = Config.fromfile(CHECKOUT / 'configs' / config)
     cfg.merge_from_dict({'model.backbone.init_cfg': None, **changes})
+    init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
     model.init_weights()
@@ -65,16 +64,6 @@ def samples(batch: int, size: tuple[int, int], objects: int, num_classes: int) -
 
 def on_device(batch: list[DetDataSample], device: str) -> list[DetDataSample]:
     return [sample.to(device) for sample in batch]
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """The operators' backend by name; ``installed`` leaves the choice as it is."""
-    if name == 'installed':
-        yield
-    else:
-        with ops.use_backend(name):
-            yield
 
 
 def boxer_r50_mask(device: str, quick: bool, repeats: int) -> Iterator[Record]:
@@ -152,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f'--repeats must be at least 1, got {args.repeats}')
-    register_all_modules()
+    register_all_modules(init_default_scope=False)
     title = f'boltz_mm {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
     names = [args.model] if args.model else sorted(MODELS_TO_TIME)
     records = (record for name in names for record in MODELS_TO_TIME[name](args.device, args.quick, args.repeats))
