@@ -76,8 +76,9 @@ class Pipeline(nn.Module):
         randomize(self)
 
     def forward(self, tokens: Tensor, shapes: list[tuple[int, int]], masks: list[Tensor] | None) -> tuple[Tensor, ...]:
-        windows = reference_windows(shapes, masks).to(tokens.dtype)
-        padding = (None, None) if masks is None else (flat(masks), valid_ratios(masks).to(tokens.dtype))
+        exact = torch.promote_types(tokens.dtype, torch.float32)
+        windows = reference_windows(shapes, masks).to(exact)
+        padding = (None, None) if masks is None else (flat(masks), valid_ratios(masks).to(exact))
         memory = self.encoder(tokens, self.encoding(windows), shapes, windows, *padding)
         chosen = self.encoder.select_proposals(memory, windows, padding[0], self.classify, self.regress, 6)
         # The order of the queries is free; by rating it is comparable.
@@ -141,18 +142,18 @@ def test_an_image_gives_the_same_alone_and_padded_in_a_batch() -> None:
             torch.testing.assert_close(got[:, image], expected[:, 0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
-def test_five_levels_in_double_and_under_autocast(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16, 'autocast'])
+def test_five_levels_in_other_precisions(dtype: torch.dtype | str) -> None:
     shapes = [*SHAPES, (1, 2), (1, 1)]
     model = Pipeline(levels=5)
     tokens = torch.randn(2, TOKENS + 3, 16)
-    if dtype == torch.float64:
-        results = model.double()(tokens.double(), shapes, None)
-        assert {r.dtype for r in results} == {torch.float64}
-    else:
-        with torch.autocast('cpu', dtype):
+    if dtype == 'autocast':
+        with torch.autocast('cpu', torch.bfloat16):
             results = model(tokens, shapes, None)
-        assert results[1].dtype == torch.float32  # windows
+    else:
+        results = model.to(dtype)(tokens.to(dtype), shapes, None)
+        assert results[0].dtype == results[2].dtype == dtype
+    assert results[1].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)  # windows
     assert [tuple(r.shape) for r in results] == [(2, 2, 6, 16), (2, 6, 4), (2, 2, 6, 4, 4, 16)]
     assert all(r.isfinite().all() for r in results)
     sum(r.float().sin().sum() for r in (results[0], results[2])).backward()
