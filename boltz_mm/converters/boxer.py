@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from boltz_mm.utils.checkpoint import compare_state
+
 StateDict = dict[str, Tensor]
 
 # Official prefix -> ours; ``input_proj`` and the backbone have rules of their own.
@@ -112,7 +114,7 @@ def convert_boxer(container: Mapping, model: nn.Module | None = None) -> tuple[S
     if 'bbox_head.cls_branch.weight' in state:
         report.num_classes = len(state['bbox_head.cls_branch.weight'])
     if model is not None:
-        _compare(state, model, report)
+        compare_with_model(state, model, report)
     return state, report
 
 
@@ -222,15 +224,13 @@ def _count_projections(official: StateDict) -> int:
     return sum(value.shape[-2:] == (1, 1) for value in kernels)
 
 
-def _compare(state: StateDict, model: nn.Module, report: ConversionReport) -> None:
-    wanted = model.state_dict()
-    report.missing += [key for key in wanted if key not in state]
+def compare_with_model(state: StateDict, model: nn.Module, report: ConversionReport) -> None:
+    """Add to a report what a converted state dict lacks, has too much or has in another shape."""
+    diff = compare_state(model, state)
     theirs = {ours: key for key, ours in report.renamed.items()}
-    for key, value in state.items():
-        if key not in wanted:
-            report.unexpected.append(theirs.get(key, key))
-        elif value.shape != wanted[key].shape:
-            report.mismatched[key] = (tuple(value.shape), tuple(wanted[key].shape))
+    report.unexpected += [theirs.get(key, key) for key in diff.unexpected]
+    report.missing += diff.missing
+    report.mismatched |= diff.mismatched
 
 
 def infer_boxer_config(
@@ -251,8 +251,8 @@ def infer_boxer_config(
         ValueError: The state dict is not that of a whole model with a ResNet of 50, 101 or 152 layers.
     """
     num_classes, embed_dims = _shape(state, 'bbox_head.cls_branch.weight')
-    in_channels = [_shape(state, f'neck.convs.{i}.conv.weight')[1] for i in range(_count(state, 'neck.convs.'))]
-    num_levels = len(in_channels) + _count(state, 'neck.extra_convs.')
+    in_channels = [_shape(state, f'neck.convs.{i}.conv.weight')[1] for i in range(count_modules(state, 'neck.convs.'))]
+    num_levels = len(in_channels) + count_modules(state, 'neck.extra_convs.')
     with_mask = 'bbox_head.mask_head.conv.weight' in state
     num_heads = _shape(state, 'encoder.layers.0.self_attn.linear_box_bias')[0] // (4 * num_levels)
     layer = {
@@ -262,7 +262,7 @@ def infer_boxer_config(
         'feedforward_channels': _shape(state, 'encoder.layers.0.linear1.weight')[0],
     }
     depths = {6: 50, 23: 101, 36: 152}
-    blocks = _count(state, 'backbone.layer3.')
+    blocks = count_modules(state, 'backbone.layer3.')
     if blocks not in depths:
         raise ValueError(f'no ResNet-50, -101 or -152: layer3 has {blocks} blocks')
     return {
@@ -286,9 +286,9 @@ def infer_boxer_config(
             'num_outs': num_levels,
         },
         'positional_encoding': {'embed_dims': embed_dims, 'ref_size': ref_size},
-        'encoder': {'num_layers': _count(state, 'encoder.layers.'), 'layer_cfg': layer},
+        'encoder': {'num_layers': count_modules(state, 'encoder.layers.'), 'layer_cfg': layer},
         'decoder': {
-            'num_layers': _count(state, 'decoder.layers.'),
+            'num_layers': count_modules(state, 'decoder.layers.'),
             'layer_cfg': {**layer, 'with_mask': with_mask, 'residual_mode': residual_mode},
         },
         'bbox_head': {
@@ -306,6 +306,6 @@ def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
     return tuple(state[key].shape)
 
 
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:
     """Number of numbered modules below ``prefix``."""
     return len({key.removeprefix(prefix).split('.')[0] for key in state if key.startswith(prefix)})

@@ -1,54 +1,150 @@
-"""Official BoxeR-3D checkpoints to the names of ``boltz_mm.BoxeR3D``.
+"""Official BoxeR-3D weights to ours and back.
 
-Source of the names: official repository kienduynguyen/BoxeR, ``model/boxer3d.py`` and the modules it builds.  Tensors
-are taken as they are; only names change.  The pillar layers, encoder and decoder keep their names below the new prefix.
+Containers are those of BoxeR-2D (:mod:`boltz_mm.converters.boxer`).  Tensors are never changed, only renamed: pillar
+layers, encoder and decoder keep their names below another prefix.  Numbers that a file holds (classes, widths, depths)
+are read from it by :func:`infer_boxer3d_config`; nothing in a file tells the range of the points, the size of the
+pillars, strides or the number of queries.
 """
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from torch import Tensor
+from torch import nn
 
-_RULES = (
-    (r'backbone\.reader\.', r'backbone.reader.'),
-    (r'backbone\.neck\.ds_layers\.(\d+)\.(\d+)\.0\.', r'backbone.stages.\1.\2.conv.'),
-    (r'backbone\.neck\.ds_layers\.(\d+)\.(\d+)\.1\.', r'backbone.stages.\1.\2.bn.'),
-    (r'input_proj\.(\d+)\.0\.', r'neck.convs.\1.conv.'),
-    (r'input_proj\.(\d+)\.1\.', r'neck.convs.\1.gn.'),
-    (r'transformer\.(encoder|decoder)\.', r'\1.'),
-    (r'enc_detector\.class_embed\.', r'bbox_head.enc_cls_branch.'),
-    (r'enc_detector\.bbox_embed\.', r'bbox_head.enc_reg_branch.'),
-    (r'detector\.class_embed\.', r'bbox_head.cls_branch.'),
-    (r'detector\.bbox_embed\.', r'bbox_head.reg_branch.'),
+from boltz_mm.converters.boxer import (
+    ConversionReport,
+    StateDict,
+    compare_with_model,
+    count_modules,
+    official_state_dict,
+)
+
+# Official prefix and ours; {0} and {1} stand for numbers.
+_PREFIXES = (
+    ('backbone.reader.', 'backbone.reader.'),
+    ('backbone.neck.ds_layers.{0}.{1}.0.', 'backbone.stages.{0}.{1}.conv.'),
+    ('backbone.neck.ds_layers.{0}.{1}.1.', 'backbone.stages.{0}.{1}.bn.'),
+    ('input_proj.{0}.0.', 'neck.convs.{0}.conv.'),
+    ('input_proj.{0}.1.', 'neck.convs.{0}.gn.'),
+    ('transformer.encoder.', 'encoder.'),
+    ('transformer.decoder.', 'decoder.'),
+    ('enc_detector.class_embed.', 'bbox_head.enc_cls_branch.'),
+    ('enc_detector.bbox_embed.', 'bbox_head.enc_reg_branch.'),
+    ('detector.class_embed.', 'bbox_head.cls_branch.'),
+    ('detector.bbox_embed.', 'bbox_head.reg_branch.'),
 )
 
 
-def rename_boxer3d_key(key: str) -> str | None:
-    """Our name of an official parameter or buffer (without ``module.``), or ``None`` if it is not one of BoxeR-3D."""
-    for pattern, replacement in _RULES:
-        renamed, count = re.subn(rf'^{pattern}', replacement, key)
-        if count:
-            return renamed
+def convert_boxer3d(container: Mapping, model: nn.Module | None = None) -> tuple[StateDict, ConversionReport]:
+    """Convert official weights.
+
+    Args:
+        container: What an official file holds: a training container or a bare state dict, with or without the prefix
+            ``module.``.
+        model: The detector that will get the weights (may lie on the meta device); tells what is missing or has
+            another shape.
+
+    Returns:
+        The state dict for :class:`boltz_mm.models.detectors.BoxeR3D` and what became of each key.
+
+    Raises:
+        ValueError: The container holds no weights of BoxeR-3D.
+    """
+    official = official_state_dict(container)
+    report = ConversionReport()
+    state: StateDict = {}
+    for key, value in official.items():
+        name = our_key(key)
+        if name is None:
+            report.unexpected.append(key)
+        else:
+            state[name] = value
+            report.renamed[key] = name
+    if 'bbox_head.cls_branch.weight' not in state or not any(name.startswith('backbone.reader.') for name in state):
+        raise ValueError(f'no weights of a whole BoxeR-3D among {sorted(official)[:5]} ...')
+    report.num_classes = len(state['bbox_head.cls_branch.weight'])
+    if model is not None:
+        compare_with_model(state, model, report)
+    return state, report
+
+
+def export_boxer3d(state: Mapping) -> StateDict:
+    """Rename our state dict to the official layout (without container and prefix).
+
+    Raises:
+        ValueError: A key has no official name.
+    """
+    official = {}
+    for key, value in state.items():
+        name = official_key(key)
+        if name is None:
+            raise ValueError(f'{key!r} has no place in the official layout')
+        official[name] = value
+    return official
+
+
+def our_key(key: str) -> str | None:
+    """Our name of an official key (without ``module.``), or ``None``."""
+    return _replace_prefix(key, _PREFIXES)
+
+
+def official_key(key: str) -> str | None:
+    """The official name of one of our keys, or ``None``."""
+    return _replace_prefix(key, [(ours, theirs) for theirs, ours in _PREFIXES])
+
+
+def _replace_prefix(key: str, prefixes: Iterable[tuple[str, str]]) -> str | None:
+    for old, new in prefixes:
+        pattern = re.escape(old).replace(r'\{0\}', r'(\d+)').replace(r'\{1\}', r'(\d+)')
+        match = re.match(pattern, key)
+        if match:
+            return new.format(*match.groups()) + key[match.end() :]
     return None
 
 
-def convert_boxer3d(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """Convert an official checkpoint.
+def infer_boxer3d_config(state: Mapping, **backbone: object) -> dict:
+    """A config of ``boltz_mm.BoxeR3D`` that fits a converted state dict.
 
     Args:
-        checkpoint: A training container (its weights under ``model``) or a bare state dict; names may carry the prefix
-            ``module.`` of several GPUs.
+        state: Result of :func:`convert_boxer3d`.
+        **backbone: What is not in the weights and differs from the published model: ``voxel_size``,
+            ``point_cloud_range``, ``max_points``, ``max_voxels``, ``stage_strides`` of ``PillarNet``.
 
     Returns:
-        The state dict of ``boltz_mm.BoxeR3D``, and the official names that have no place in it.
+        Config for ``MODELS.build``.
     """
-    weights = checkpoint.get('model', checkpoint)
-    converted, unexpected = {}, []
-    for key, value in weights.items():
-        renamed = rename_boxer3d_key(key.removeprefix('module.'))
-        if renamed is None:
-            unexpected.append(key)
-        else:
-            converted[renamed] = value
-    return converted, unexpected
+    num_classes, width = state['bbox_head.cls_branch.weight'].shape
+    pillar_layers = count_modules(state, 'backbone.reader.pfn_layers.')
+    units = [len(state[f'backbone.reader.pfn_layers.{i}.linear.weight']) for i in range(pillar_layers)]
+    stages = range(count_modules(state, 'backbone.stages.'))
+    stage_channels = [len(state[f'backbone.stages.{i}.0.conv.weight']) for i in stages]
+    levels = count_modules(state, 'neck.convs.')
+    layer = {
+        'embed_dims': width,
+        'num_levels': levels,
+        'feedforward_channels': len(state['encoder.layers.0.linear1.weight']),
+    }
+    head: dict = {
+        'type': 'boltz_mm.BoxeR3DHead',
+        'num_classes': num_classes,
+        'embed_dims': width,
+        'num_anchors': len(state['bbox_head.enc_cls_branch.weight']),
+    }
+    if 'point_cloud_range' in backbone:
+        head['bbox_coder'] = {'type': 'boltz_mm.Box3dCoder', 'point_cloud_range': backbone['point_cloud_range']}
+    return {
+        'type': 'boltz_mm.BoxeR3D',
+        'backbone': {
+            'type': 'boltz_mm.PillarNet',
+            'in_channels': state['backbone.reader.pfn_layers.0.linear.weight'].shape[1] - 5,
+            'feat_channels': [2 * n for n in units[:-1]] + units[-1:],
+            'stage_layers': [count_modules(state, f'backbone.stages.{i}.') for i in stages],
+            'stage_channels': stage_channels,
+            'out_indices': list(stages)[-levels:],
+            **backbone,
+        },
+        'neck': {'type': 'boltz_mm.BoxeRNeck', 'in_channels': stage_channels[-levels:], 'out_channels': width},
+        'encoder': {'num_layers': count_modules(state, 'encoder.layers.'), 'layer_cfg': layer},
+        'decoder': {'num_layers': count_modules(state, 'decoder.layers.'), 'layer_cfg': layer},
+        'bbox_head': head,
+    }

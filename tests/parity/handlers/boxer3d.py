@@ -4,8 +4,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-import boltz_mm.models.necks.boxer_neck  # noqa: F401
-from boltz_mm.converters.boxer3d import convert_boxer3d, rename_boxer3d_key
+from boltz_mm.converters.boxer3d import convert_boxer3d, our_key
 from boltz_mm.models.detectors.boxer3d import BoxeR3D, TransformerOutput
 from tests.parity.case import Case, Produced
 from tests.parity.registry import handler
@@ -43,7 +42,9 @@ def _build(case: Case) -> BoxeR3D:
         ),
         num_queries=size['num_queries'],
     )
-    weights, _ = convert_boxer3d(case.weights())
+    weights, report = convert_boxer3d(case.weights(), model)
+    if not report.complete:
+        raise ValueError(str(report))
     model.load_state_dict(weights)
     return model.train(case.meta.get('mode') == 'train')
 
@@ -101,7 +102,7 @@ def _unweighted(losses: dict[str, Tensor], layers: int) -> Produced:
 
 def _gradients(model: BoxeR3D, names: list[str]) -> Produced:
     parameters = dict(model.named_parameters())
-    gradients = {name: parameters[rename_boxer3d_key(name)].grad for name in names}
+    gradients = {name: parameters[our_key(name)].grad for name in names}
     norms = torch.stack([gradient.norm() for gradient in gradients.values()])
     return {'grad.norm': norms} | {f'grad.param.{name}': gradient for name, gradient in gradients.items()}
 
