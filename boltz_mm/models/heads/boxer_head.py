@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from mmdet.models.layers import inverse_sigmoid
 from mmdet.models.losses import accuracy
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.registry import TASK_UTILS as MMDET_TASK_UTILS
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh, get_box_tensor
 from mmdet.utils import InstanceList, reduce_mean
@@ -28,7 +30,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from boltz_mm.models.layers.mask_grid import mask_targets, paste_masks
-from boltz_mm.registry import MODELS, TASK_UTILS
+from boltz_mm.registry import MODELS
 
 MaskLogits = Callable[[int, list[Tensor]], Tensor]
 """Mask logits ``[R, m, m]`` of chosen queries of a decoder layer: for each image the indexes ``[n_b]`` of its chosen
@@ -126,16 +128,17 @@ class BoxeRHead(BaseModule):
         self.embed_dims = embed_dims
         self.with_mask = with_mask
         self.test_cfg = test_cfg or {}
-        self.assigner = TASK_UTILS.build((train_cfg or {}).get('assigner', _ASSIGNER))
+        # Built in mmdet's registries, so that configs may name its losses and costs without a prefix.
+        self.assigner = MMDET_TASK_UTILS.build((train_cfg or {}).get('assigner', _ASSIGNER))
 
         focal = dict(type='mmdet.FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25)
         dice = dict(type='mmdet.DiceLoss', use_sigmoid=True, activate=True, naive_dice=True, eps=1.0, loss_weight=5.0)
-        self.loss_cls = MODELS.build(loss_cls or dict(focal, loss_weight=2.0))
-        self.loss_bbox = MODELS.build(loss_bbox or dict(type='mmdet.L1Loss', loss_weight=5.0))
-        self.loss_iou = MODELS.build(loss_iou or dict(type='mmdet.GIoULoss', loss_weight=2.0))
+        self.loss_cls = MMDET_MODELS.build(loss_cls or dict(focal, loss_weight=2.0))
+        self.loss_bbox = MMDET_MODELS.build(loss_bbox or dict(type='mmdet.L1Loss', loss_weight=5.0))
+        self.loss_iou = MMDET_MODELS.build(loss_iou or dict(type='mmdet.GIoULoss', loss_weight=2.0))
         if with_mask:
-            self.loss_mask = MODELS.build(loss_mask or dict(focal, loss_weight=5.0))
-            self.loss_dice = MODELS.build(loss_dice or dice)
+            self.loss_mask = MMDET_MODELS.build(loss_mask or dict(focal, loss_weight=5.0))
+            self.loss_dice = MMDET_MODELS.build(loss_dice or dice)
 
         self.cls_branch = nn.Linear(embed_dims, num_classes)
         self.reg_branch = _box_mlp(embed_dims, num_reg_fcs)

@@ -1,0 +1,73 @@
+"""Convert an official BoxeR checkpoint to ours, or ours to the official layout.
+
+    python tools/model_converters/boxer2mm.py boxer2d_final.pth boxer.safetensors
+    python tools/model_converters/boxer2mm.py --reverse boxer.safetensors boxer2d_final.pth
+
+What the file holds (classes, widths, masks) is read from it and checked against a model of that shape; every key that
+does not fit is printed, and then nothing is written unless --force is given.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config
+from boltz_mm.datasets.coco_category_id import CocoCategoryIdDataset
+from boltz_mm.registry import MODELS
+from boltz_mm.utils.checkpoint import atomic_save, read_checkpoint, save_safetensors, state_dict_of
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', help='checkpoint to read (.ckpt, .pth, .safetensors, or an https address)')
+    parser.add_argument('target', help='file to write: .safetensors, or .pth for a file of torch.save')
+    parser.add_argument('--reverse', action='store_true', help='from our layout to the official one')
+    parser.add_argument('--force', action='store_true', help='write although keys do not fit')
+    return parser.parse_args()
+
+
+def convert(source: str) -> tuple[dict[str, torch.Tensor], dict, bool]:
+    """Read and convert an official file, and print what became of its keys.
+
+    Returns:
+        The state dict, what is known about it, and whether everything found its place.
+    """
+    container = read_checkpoint(source)
+    state, report = convert_boxer(container)
+    if report.num_classes is not None:
+        with torch.device('meta'):
+            model = MODELS.build(infer_boxer_config(state))
+        state, report = convert_boxer(container, model)
+    print(report)
+    meta = {'converted_from': 'kienduynguyen/BoxeR', 'num_classes': report.num_classes}
+    if report.num_classes == len(CocoCategoryIdDataset.METAINFO['classes']):
+        meta['dataset_meta'] = CocoCategoryIdDataset.METAINFO
+    return state, meta, report.complete
+
+
+def main() -> int:
+    """Convert one file.
+
+    Returns:
+        Exit status: 0 if everything found its place, otherwise 1.
+    """
+    args = parse_args()
+    if args.reverse:
+        state, meta, complete = export_boxer(state_dict_of(read_checkpoint(args.source), args.source)), {}, True
+        print(f'{len(state)} tensors renamed')
+    else:
+        state, meta, complete = convert(args.source)
+    if not (complete or args.force):
+        print(f'not every key fits: {args.target} was not written (--force writes it)', file=sys.stderr)
+        return 1
+    if args.target.endswith('.safetensors'):
+        save_safetensors(state, args.target, meta)
+    else:
+        atomic_save(state if args.reverse else {'meta': meta, 'state_dict': state}, args.target)
+    return 0 if complete else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
