@@ -75,9 +75,14 @@ def resize_image(img: np.ndarray, shape: Shape) -> np.ndarray:
     shrinks the image more; the golden numbers come from version 13, so the passes are made here in its order.
 
     Args:
-        img: uint8 ``[H, W]`` or ``[H, W, C]`` with 3 or 4 channels, in any order.
+        img: uint8 ``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]``, channels in any order.
         shape: Height and width after resizing.
+
+    Raises:
+        TypeError: The image is of another kind (PIL would mix a fourth channel into the others).
     """
+    if img.dtype != np.uint8 or img.shape[2:] not in ((), (1,), (3,)):
+        raise TypeError(f'BoxeR resizes uint8 images of 1 or 3 channels, got {img.dtype} {list(img.shape)}')
     (old_height, old_width), (height, width) = img.shape[:2], shape
     rows_lost, columns_lost = old_height - height, old_width - width
     vertical_first = rows_lost > max(0, 2 * columns_lost)
@@ -97,8 +102,6 @@ def resize(results: dict, shape: Shape) -> dict:
         TypeError: The image is not uint8.
     """
     img = results['img']
-    if img.dtype != np.uint8:
-        raise TypeError(f'BoxeR resizes uint8 images, got {img.dtype}; load with to_float32=False')
     old, (height, width) = img.shape[:2], shape
     factor = (width / old[1], height / old[0])
     results.update(
