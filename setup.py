@@ -70,7 +70,7 @@ def compile_args() -> list[str]:
         return ['/O2', *(flag.replace('-D', '/D', 1) for flag in defines)]
     # No absolute path in an error text, and multiply-adds that a compiler may not fuse in strict ISO mode.
     paths = [f'-fmacro-prefix-map={ROOT}/=', f'-fmacro-prefix-map={Path(torch.__file__).parent}/=torch/']
-    return ['-O3', '-g0', '-fvisibility=hidden', '-ffp-contract=fast', *paths, *defines]
+    return ['-O3', '-g0', '-fvisibility=hidden', '-ffp-contract=fast', '-Wno-psabi', *paths, *defines]
 
 
 def cpp_library(name: str, files: list[str], **extra: object) -> Extension:

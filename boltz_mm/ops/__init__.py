@@ -1,6 +1,6 @@
 """Custom operators; needs torch alone."""
 
-from boltz_mm.ops._backend import available_backends, load_libraries, use_backend
+from boltz_mm.ops._backend import available_backends, use_backend
 from boltz_mm.ops.box_attention import (
     box_attention,
     box_attention_weights,
@@ -10,8 +10,6 @@ from boltz_mm.ops.box_attention import (
     instance_attention_weights,
 )
 from boltz_mm.ops.deform_attention import deform_attention
-
-load_libraries()
 
 __all__ = [
     'available_backends',

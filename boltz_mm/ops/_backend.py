@@ -48,8 +48,7 @@ def _load(name: str, device: str) -> None:
         _loaded_devices.add(device)
 
 
-def load_libraries() -> None:
-    """Load what was built; called once, when :mod:`boltz_mm.ops` is imported."""
+def _load_libraries() -> None:
     _load('_C', 'cpu')
     if 'cpu' in _loaded_devices and torch.version.cuda is not None:
         _load('_C_cuda', 'cuda')
@@ -88,6 +87,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def has_native_operators() -> bool:
+    """Whether ``torch.ops.boltz_mm`` has the operators, so that Python parts can be registered for them."""
+    return 'cpu' in _loaded_devices
+
+
 def _missing(device: str) -> str:
     why = f' ({_load_errors[device]})' if device in _load_errors else ''
     return f'the native operator library of boltz_mm for {device} is not available{why}: {_HOW_TO_BUILD}'
@@ -110,7 +114,7 @@ def use_native(device: torch.device) -> bool:
     chosen = _chosen()
     if chosen == 'reference':
         return False
-    if device.type in _loaded_devices:
+    if device.type in _loaded_devices or (device.type == 'meta' and 'cpu' in _loaded_devices):
         return True
     if chosen == 'native':
         raise RuntimeError(_missing(device.type))
@@ -118,3 +122,6 @@ def use_native(device: torch.device) -> bool:
         _warned.add(device.type)
         warnings.warn(f'running on the PyTorch reference, {_missing(device.type)}', stacklevel=3)
     return False
+
+
+_load_libraries()

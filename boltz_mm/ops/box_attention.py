@@ -17,10 +17,13 @@ Deviation from the official code: the operators take boxes and logits, so that n
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import Shapes, as_shapes_tensor, check_float, check_shape, check_value, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum, reference_deform_attention, sample_levels
 
@@ -94,6 +97,8 @@ def box_attention(
     dtype = compute_dtype(value)
     boxes, logits, points = boxes.to(dtype), logits.to(dtype), points.to(dtype)
     valid_ratios, angles = _cast(valid_ratios, dtype), _cast(angles, dtype)
+    if use_native(value.device):
+        return torch.ops.boltz_mm.box_attention(value, shapes, boxes, logits, points, valid_ratios, angles)
     locations = box_sampling_locations(boxes, points, valid_ratios=valid_ratios, angles=angles)
     return reference_deform_attention(value, shapes, locations, box_attention_weights(logits))
 
@@ -134,6 +139,11 @@ def instance_attention(
         raise ValueError(f'instance attention needs an m x m grid with m even, got {points.shape[0]} points')
     dtype = compute_dtype(value)
     boxes, logits, points, valid_ratios = boxes.to(dtype), logits.to(dtype), points.to(dtype), _cast(valid_ratios, dtype)
+    if use_native(value.device):
+        output, masks = torch.ops.boltz_mm.instance_attention(
+            value, shapes, boxes, logits, points, valid_ratios, mask_output
+        )
+        return (output, masks) if mask_output else output
     return _reference_instance_attention(value, shapes, boxes, logits, points, valid_ratios, mask_output)
 
 
@@ -236,3 +246,159 @@ def _reference_instance_attention(
     output = output.reshape(batch, heads * depth, queries).transpose(1, 2)
     masks = masks.reshape(batch, heads * depth, queries, size, size).permute(0, 2, 3, 4, 1)
     return output.to(value.dtype), masks.to(value.dtype)
+
+
+def _fake_box(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    boxes: Tensor,
+    logits: Tensor,
+    points: Tensor,
+    valid_ratios: Tensor | None,
+    angles: Tensor | None,
+) -> Tensor:
+    return value.new_empty(value.shape[0], boxes.shape[1], value.shape[2] * value.shape[3])
+
+
+def _fake_box_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    boxes: Tensor,
+    logits: Tensor,
+    points: Tensor,
+    valid_ratios: Tensor | None,
+    angles: Tensor | None,
+    value_needed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        value.new_empty(value.shape if value_needed else 0),
+        boxes.new_empty(boxes.shape),
+        logits.new_empty(logits.shape),
+        boxes.new_empty(0 if angles is None else angles.shape),
+    )
+
+
+def _setup_box(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_box(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value_needed, has_angles = ctx.needs_input_grad[0], ctx.saved_tensors[6] is not None
+    grad_value, grad_boxes, grad_logits, grad_angles = torch.ops.boltz_mm.box_attention_backward(
+        grad_output, *ctx.saved_tensors, value_needed
+    )
+    grad_value = grad_value if value_needed else None
+    return grad_value, None, grad_boxes, grad_logits, None, None, grad_angles if has_angles else None
+
+
+def _fake_instance(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    boxes: Tensor,
+    logits: Tensor,
+    points: Tensor,
+    valid_ratios: Tensor | None,
+    mask_output: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, channels = value.shape[0], boxes.shape[1], value.shape[2] * value.shape[3]
+    size = math.isqrt(points.shape[0])
+    masks = value.new_empty((batch, queries, size, size, channels) if mask_output else 0)
+    return value.new_empty(batch, queries, channels), masks
+
+
+def _fake_instance_backward(
+    grad_output: Tensor,
+    grad_mask_output: Tensor | None,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    boxes: Tensor,
+    logits: Tensor,
+    points: Tensor,
+    valid_ratios: Tensor | None,
+    value_needed: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_value = value.new_empty(value.shape if value_needed else 0)
+    return grad_value, boxes.new_empty(boxes.shape), logits.new_empty(logits.shape)
+
+
+def _setup_instance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.mask_output = inputs[6]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_instance(
+    ctx: Any, grad_output: Tensor | None, grad_mask_output: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    value, _, boxes, *_ = ctx.saved_tensors
+    value_needed = ctx.needs_input_grad[0]
+    if grad_output is None:
+        grad_output = value.new_zeros(value.shape[0], boxes.shape[1], value.shape[2] * value.shape[3])
+    grad_value, grad_boxes, grad_logits = torch.ops.boltz_mm.instance_attention_backward(
+        grad_output, grad_mask_output if ctx.mask_output else None, *ctx.saved_tensors, value_needed
+    )
+    return grad_value if value_needed else None, None, grad_boxes, grad_logits, None, None, None
+
+
+def _samples(boxes: Any, points: Any) -> int:
+    batch, queries, heads, levels, _ = boxes
+    return batch * queries * heads * levels * points[0]
+
+
+def _box_flops(value: Any, spatial_shapes: Any, boxes: Any, logits: Any, points: Any, *args: Any, **kwargs: Any) -> int:
+    """Four multiply-adds for each sample and channel; boxes and softmax are not counted."""
+    return 8 * _samples(boxes, points) * value[3]
+
+
+def _box_backward_flops(grad_output: Any, *args: Any, **kwargs: Any) -> int:
+    """Four products with the corners and four additions to them: twice the forward pass."""
+    return 2 * _box_flops(*args[:5])
+
+
+def _instance_flops(
+    value: Any,
+    spatial_shapes: Any,
+    boxes: Any,
+    logits: Any,
+    points: Any,
+    valid_ratios: Any,
+    mask_output: bool,
+    **kwargs: Any,
+) -> int:
+    """As box attention, and with the mask output two more multiply-adds for the two sums."""
+    return (12 if mask_output else 8) * _samples(boxes, points) * value[3]
+
+
+def _instance_backward_flops(
+    grad_output: Any,
+    grad_mask_output: Any,
+    value: Any,
+    spatial_shapes: Any,
+    boxes: Any,
+    logits: Any,
+    points: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """As box attention; with the mask output products with two gradients, and their weighted sum."""
+    return (16 if grad_mask_output is None else 28) * _samples(boxes, points) * value[3]
+
+
+if has_native_operators():
+    _registration.register(
+        'box_attention', fake=_fake_box, setup_context=_setup_box, backward=_backward_box, flops=_box_flops
+    )
+    _registration.register_backward('box_attention_backward', fake=_fake_box_backward, flops=_box_backward_flops)
+    _registration.register(
+        'instance_attention',
+        fake=_fake_instance,
+        setup_context=_setup_instance,
+        backward=_backward_instance,
+        flops=_instance_flops,
+    )
+    _registration.register_backward(
+        'instance_attention_backward', fake=_fake_instance_backward, flops=_instance_backward_flops
+    )
+    for _name in ('box_attention', 'box_attention_backward', 'instance_attention', 'instance_attention_backward'):
+        _registration.register_vmap(_name, constant=('spatial_shapes', 'points'))

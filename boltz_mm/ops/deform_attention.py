@@ -14,10 +14,14 @@ Deviations: no ``im2col_step`` and so no divisibility of the batch, ``level_star
 float16 and bfloat16 values with float32 coordinates and sums, deterministic on the CPU.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import Shapes, as_shapes_tensor, check_float, check_shape, check_value, compute_dtype
 
 
@@ -50,7 +54,10 @@ def deform_attention(value: Tensor, spatial_shapes: Shapes, locations: Tensor, w
     check_shape('locations', locations, '[B, Q, H, L, P, 2]', (*expected, 2))
     check_shape('weights', weights, '[B, Q, H, L, P]', expected)
     dtype = compute_dtype(value)
-    return reference_deform_attention(value, shapes, locations.to(dtype), weights.to(dtype))
+    locations, weights = locations.to(dtype), weights.to(dtype)
+    if use_native(value.device):
+        return torch.ops.boltz_mm.deform_attention(value, shapes, locations, weights)
+    return reference_deform_attention(value, shapes, locations, weights)
 
 
 def reference_deform_attention(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -109,3 +116,46 @@ def sample_levels(value: Tensor, spatial_shapes: Tensor, locations: Tensor) -> l
         at = grid[:, :, :, level].transpose(1, 2).reshape(batch * heads, queries, points, 2)
         sampled.append(F.grid_sample(planes, at, mode='bilinear', padding_mode='zeros', align_corners=False))
     return sampled
+
+
+def _fake(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+    return value.new_empty(value.shape[0], locations.shape[1], value.shape[2] * value.shape[3])
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor, value_needed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_value = value.new_empty(value.shape if value_needed else 0)
+    return grad_value, locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value_needed = ctx.needs_input_grad[0]
+    grad_value, grad_locations, grad_weights = torch.ops.boltz_mm.deform_attention_backward(
+        grad_output, *ctx.saved_tensors, value_needed
+    )
+    return grad_value if value_needed else None, None, grad_locations, grad_weights
+
+
+def _flops(value: Any, spatial_shapes: Any, locations: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
+    """Four multiply-adds for each sample and channel; coordinates are not counted."""
+    batch, queries, heads, levels, points, _ = locations
+    return 8 * batch * queries * heads * levels * points * value[3]
+
+
+def _backward_flops(grad_output: Any, *args: Any, **kwargs: Any) -> int:
+    """Four products with the corners and four additions to them: twice the forward pass."""
+    return 2 * _flops(*args[:4])
+
+
+if has_native_operators():
+    _registration.register(
+        'deform_attention', fake=_fake, setup_context=_setup_context, backward=_backward, flops=_flops
+    )
+    _registration.register_backward('deform_attention_backward', fake=_fake_backward, flops=_backward_flops)
+    _registration.register_vmap('deform_attention', constant=('spatial_shapes',))
+    _registration.register_vmap('deform_attention_backward', constant=('spatial_shapes',))
