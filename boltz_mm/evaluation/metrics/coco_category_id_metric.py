@@ -45,7 +45,16 @@ class CheckedCocoMetric(CocoMetric):
         unknown = {prediction['img_id'] for _, prediction in results} - set(self._coco_api.imgs)
         if unknown:
             raise DatasetError(f'{self.ann_file}: image {min(unknown, key=str)!r} was evaluated but is not listed')
-        return super().compute_metrics(results)
+        category_of = self._categories()
+        # pycocotools sorts the ids; mmdet's table by class takes it that they are sorted.
+        self.cat_ids = sorted(category_of.values())
+        position = {label: self.cat_ids.index(number) for label, number in category_of.items()}
+        return super().compute_metrics([(truth, _relabel(prediction, position)) for truth, prediction in results])
+
+    def _categories(self) -> dict[int, int]:
+        """The category id of each label that is evaluated."""
+        ids = {category['name']: number for number, category in self._coco_api.cats.items()}
+        return {label: ids[name] for label, name in enumerate(self.dataset_meta['classes']) if name in ids}
 
 
 @METRICS.register_module()
@@ -67,18 +76,17 @@ class CocoCategoryIdMetric(CheckedCocoMetric):
     def __init__(self, ann_file: str, category_ids: Sequence[int] | None = None, **kwargs) -> None:
         super().__init__(ann_file, **kwargs)
         listed = self._coco_api.getCatIds()
-        missing = set(category_ids or ()) - set(listed)
+        self.category_ids = list(listed if category_ids is None else category_ids)
+        missing = set(self.category_ids) - set(listed)
         if missing:
             raise DatasetError(f'{ann_file}: no category has the id {min(missing)}')
-        self.cat_ids = list(listed if category_ids is None else category_ids)
 
-    def compute_metrics(self, results: list) -> dict[str, float]:  # noqa: D102
-        position = {number: index for index, number in enumerate(self.cat_ids)}
-        return super().compute_metrics([(truth, _contiguous(prediction, position)) for truth, prediction in results])
+    def _categories(self) -> dict[int, int]:
+        return {number: number for number in self.category_ids}
 
 
-def _contiguous(prediction: dict, position: dict[int, int]) -> dict:
-    """The prediction with labels as positions among the evaluated ids, without those of other ids."""
+def _relabel(prediction: dict, position: dict[int, int]) -> dict:
+    """The prediction with labels as positions among the evaluated ids, without labels that are not evaluated."""
     labels = prediction['labels'].tolist()
     keep = [index for index, label in enumerate(labels) if label in position]
     kept = {**prediction, 'labels': np.array([position[labels[index]] for index in keep], dtype=np.int64)}
