@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmdet.models import DetDataPreprocessor
+from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import HorizontalBoxes, bbox_xyxy_to_cxcywh
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
-from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
 from PIL import Image
 from torch import Tensor
 
+from boltz_mm.converters.boxer import our_key
 from boltz_mm.datasets.transforms.boxer import (
     BoxeRRandomFlip,
     BoxeRResize,
@@ -26,11 +29,13 @@ from boltz_mm.datasets.transforms.boxer import (
     resized_shape,
 )
 from boltz_mm.datasets.transforms.draws import RecordedDraws
-from boltz_mm.registry import DATASETS, TRANSFORMS
+from boltz_mm.models.detectors.boxer import level_masks
+from boltz_mm.registry import DATASETS, MODELS, TRANSFORMS
 from tests.parity.case import Case, Produced
 from tests.parity.registry import handler
 
 CONFIGS = Path(__file__).parents[3] / 'configs' / 'boxer'
+DETECTION_CONFIG = CONFIGS / 'boxer_r50_8xb2-3x_coco.py'
 PIPELINE_CONFIGS = {
     'default': CONFIGS / 'boxer_r50_mask_8xb2-3x_coco.py',
     'lsj': CONFIGS / 'boxer_r101_mask_8xb2-5x-lsj_coco.py',
@@ -127,6 +132,7 @@ def _for_case(step: Any, divisor: int, draws: RecordedDraws) -> Any:
 
 @handler('boxer', 'train_pipeline')
 def train_pipeline(case: Case) -> Produced:
+    init_default_scope('mmdet')
     config = Config.fromfile(PIPELINE_CONFIGS[case.kwargs['pipeline']])
     steps = [step for step in config.to_dict()['train_pipeline'] if 'BoxeR' in step['type']]
     draws = RecordedDraws(case.rand['draws'].tolist())
@@ -193,6 +199,71 @@ def coco_prepare(case: Case) -> Produced:
         'out.orig_size': list(results['ori_shape']),
         'out.size': list(results['img_shape']),
     }
+
+
+@handler('boxer', 'collate')
+def collate(case: Case) -> Produced:
+    images = [case.inputs[f'image{i}'] for i in range(len(case.inputs))]
+    samples = [DetDataSample(metainfo={'img_shape': tuple(image.shape[1:])}) for image in images]
+    batch = DetDataPreprocessor(pad_size_divisor=1)({'inputs': images, 'data_samples': samples})
+    produced: Produced = {'out.image': batch['inputs']}
+    if len(images) > 1:
+        shape = tuple(batch['inputs'].shape[-2:])
+        masks = level_masks([shape], batch['data_samples'], torch.device('cpu'))
+        # Ours gives no mask if nothing is padded, whatever the size of the batch.
+        produced['out.mask'] = torch.zeros(len(images), *shape, dtype=torch.bool) if masks is None else masks[0]
+    return produced
+
+
+@handler('boxer', 'param_groups')
+def param_groups(case: Case) -> Produced:
+    init_default_scope('mmdet')
+    kwargs = case.kwargs
+    config = Config.fromfile(PIPELINE_CONFIGS['default'] if kwargs['use_mask'] else DETECTION_CONFIG)
+    model = MODELS.build(_small_model(config.model.to_dict(), kwargs))
+    wrapper = build_optim_wrapper(model, config.optim_wrapper)
+    groups = {id(parameter): group for group in wrapper.param_groups for parameter in group['params']}
+    parameters = dict(model.named_parameters())
+    projections = len(kwargs['return_interm_layers'])
+    rows = []
+    for name in kwargs['_names']:
+        group = groups[id(parameters[our_key(name, projections)])]
+        # The stored number of the group: 0 backbone, 2 box offsets, 1 everything else.
+        number = 0 if name.startswith('backbone.') else 2 if 'linear_box' in name else 1
+        rows.append([number, group['lr'], group['weight_decay'], group['eps']])
+    return {'out.groups': torch.tensor(rows, dtype=torch.float64)}
+
+
+def _small_model(model: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The config's model at the size of the case."""
+    base, dims, levels = kwargs['backbone_base_channels'], kwargs['hidden_dim'], kwargs['nlevel']
+    indices = tuple(int(layer.removeprefix('layer')) - 1 for layer in kwargs['return_interm_layers'])
+    expansion = 1 if kwargs['backbone_depth'] < 50 else 4
+    model['backbone'] |= {
+        'depth': kwargs['backbone_depth'],
+        'base_channels': base,
+        'stem_channels': base,
+        'out_indices': indices,
+        'init_cfg': None,
+    }
+    model['neck'] |= {
+        'in_channels': [base * expansion * 2**index for index in indices],
+        'out_channels': dims,
+        'num_outs': levels,
+    }
+    layer = {
+        'embed_dims': dims,
+        'num_heads': kwargs['nhead'],
+        'num_levels': levels,
+        'feedforward_channels': kwargs['dim_feedforward'],
+    }
+    for name, layers in (('encoder', kwargs['enc_layers']), ('decoder', kwargs['dec_layers'])):
+        model[name]['num_layers'] = layers
+        model[name]['layer_cfg'] |= layer
+    model['positional_encoding'] = {'embed_dims': dims, 'ref_size': kwargs['ref_size']}
+    model['bbox_head'] |= {'num_classes': kwargs['num_classes'], 'embed_dims': dims}
+    model['num_queries'] = kwargs['num_queries']
+    return model
 
 
 @handler('boxer', 'schedule')
