@@ -59,7 +59,8 @@ class ReducedHungarianAssigner(HungarianAssigner):
             Costs ``[N, n]``, float32 (float64 for float64 predictions).
         """
         device = pred_instances.bboxes.device
-        pred_instances = InstanceData(**{k: _at_least_float32(v) for k, v in pred_instances.items()})
+        dtype = torch.promote_types(pred_instances.bboxes.dtype, torch.float32)
+        pred_instances, gt_instances = _cast(pred_instances, dtype), _cast(gt_instances, dtype)
         with torch.autocast(device.type, enabled=False):
             costs = [c(pred_instances=pred_instances, gt_instances=gt_instances, img_meta=img_meta)
                      for c in self.match_costs]  # fmt: skip
@@ -99,8 +100,10 @@ class ReducedHungarianAssigner(HungarianAssigner):
         return AssignResult(num_gts=num_gts, gt_inds=gt_inds, max_overlaps=None, labels=pred_labels)
 
 
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+def _cast(instances: InstanceData, dtype: torch.dtype) -> InstanceData:
+    """Floating tensors of ``instances`` in ``dtype``, everything else as it is."""
+    floating = {k: v.to(dtype) for k, v in instances.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return InstanceData(**{**dict(instances.items()), **floating})
 
 
 def _blame(pred_instances: InstanceData, gt_instances: InstanceData) -> str:
