@@ -1,0 +1,79 @@
+"""Operations and parameters of a model, our operators included, on both of their backends.
+
+torch's ``FlopCounterMode`` counts matrix products and convolutions, and every operator that has registered a formula,
+as ours have.  Three things would slip through, and are mended here: the attention kernel that torch chooses on a CPU
+(``_scaled_dot_product_flash_attention_for_cpu`` has no formula), the fused inference path of
+``nn.MultiheadAttention`` (switched off while counting), and bilinear sampling, which is what the torch reference of
+our operators consists of (it then lacks only the sums over the samples of mask features).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+_BILINEAR = 8  # four products and sums for each sampled number
+
+
+def _grid_sample_flop(
+    input_shape: Any, grid_shape: Any, *args: Any, out_shape: tuple[int, ...] = (), **kwargs: Any
+) -> int:
+    return _BILINEAR * torch.Size(out_shape).numel()
+
+
+def _sdpa_flop(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query_shape, key_shape, value_shape))
+
+
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop,
+    torch.ops.aten.grid_sampler_2d: _grid_sample_flop,
+    torch.ops.aten.cudnn_grid_sampler: _grid_sample_flop,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Complexity:
+    """What a forward pass costs.
+
+    Attributes:
+        flops: Floating-point operations; a multiplication and an addition are two.
+        by_operator: The same for each operator, largest first.
+        params: Parameters of the model.
+    """
+
+    flops: int
+    by_operator: dict[str, int]
+    params: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds, what papers and mmdet's tool call FLOPs."""
+        return self.flops // 2
+
+
+@torch.no_grad()
+def count_complexity(model: nn.Module, forward: Callable[[], Tensor | Any]) -> Complexity:
+    """Counts the operations of one call.
+
+    Args:
+        model: Whose parameters to count.
+        forward: Runs the model once.
+
+    Returns:
+        The counts.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+            forward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    counts = counter.get_flop_counts().get('Global', {})
+    by_operator = {str(name): int(count) for name, count in sorted(counts.items(), key=lambda item: -item[1])}
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Complexity(sum(by_operator.values()), by_operator, params)
