@@ -7,6 +7,7 @@ Deviations from the official code:
 
 * Pillars are formed with sorts and index operations on whatever device the points are on, in place of a serial loop;
   the result is the same, element for element.
+* In inference the padding rows of a pillar, which are all alike, are computed once.
 * Points with a NaN or an infinite value in any channel are dropped (officially they end in an arbitrary pillar).
 * Clouds without a point inside the range are allowed: their bird's-eye view is zero.
 * Normalisation is plain batch norm by default; ``norm_cfg=dict(type='SyncBN', ...)`` gives the published one.
@@ -142,13 +143,31 @@ class PillarFeatureLayer(BaseModule):
         Returns:
             Float tensor ``[N, out_channels]`` for the last layer, otherwise ``[N, P, out_channels]``.
         """
-        x = self.linear(points)
-        x = F.relu(self._normalise(x.flatten(0, 1)).view_as(x))
+        x = self._encode(points.flatten(0, 1)).unflatten(0, points.shape[:2])
         # amax would spread a gradient over ties; max gives it to one row, like the official code.
         largest = x.max(dim=1).values
         if self.last:
             return largest
         return torch.cat([x, largest.unsqueeze(1).expand_as(x)], dim=-1)
+
+    def forward_rows(self, rows: Tensor, pillar: Tensor, num_pillars: int) -> Tensor:
+        """Encode points of which not every pillar has the same number.
+
+        Args:
+            rows: Float tensor ``[R, in_channels]``.
+            pillar: Int64 tensor ``[R]``, the pillar of each row.
+            num_pillars: Number of pillars, N.
+
+        Returns:
+            Float tensor ``[N, out_channels]`` for the last layer, otherwise ``[R, out_channels]``.
+        """
+        x = self._encode(rows)
+        # From zeros: nothing after a ReLU is less.
+        largest = x.new_zeros((num_pillars, x.shape[1])).scatter_reduce(0, pillar[:, None].expand_as(x), x, 'amax')
+        return largest if self.last else torch.cat([x, largest[pillar]], dim=-1)
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        return F.relu(self._normalise(self.linear(rows)))
 
     def _normalise(self, x: Tensor) -> Tensor:
         if len(x) or isinstance(self.norm, nn.SyncBatchNorm):
@@ -207,8 +226,16 @@ class PillarFeatureNet(BaseModule):
         from_centre = points[..., :2] - centre.unsqueeze(1)
         filled = torch.arange(points.shape[1], device=points.device) < pillars.num_points.unsqueeze(1)
         features = torch.cat([points, from_mean, from_centre], dim=-1) * filled.unsqueeze(-1)
+        if self.training or torch.is_grad_enabled():
+            for layer in self.pfn_layers:
+                features = layer(features)
+            return features
+        # Padding rows of a pillar are all alike and most rows are padding: one of them is enough for the maximum.
+        kept = filled | (torch.arange(points.shape[1], device=points.device) == pillars.num_points.unsqueeze(1))
+        pillar = kept.nonzero()[:, 0]
+        features = features[kept]
         for layer in self.pfn_layers:
-            features = layer(features)
+            features = layer.forward_rows(features, pillar, len(points))
         return features
 
 
@@ -316,7 +343,11 @@ class PillarNet(BaseModule):
             if self.filter_range:
                 cloud = drop_points_outside(cloud, self.point_cloud_range)
             voxels, cells, counts = group_points_to_pillars(
-                cloud, self.voxel_size, self.point_cloud_range, self.max_points, self.max_voxels[0 if self.training else 1]
+                cloud,
+                self.voxel_size,
+                self.point_cloud_range,
+                self.max_points,
+                self.max_voxels[0 if self.training else 1],
             )
             grouped.append((voxels, F.pad(cells, (1, 0), value=i), counts))
         voxels, coordinates, counts = (torch.cat(parts) for parts in zip(*grouped, strict=True))

@@ -134,6 +134,19 @@ def test_pillar_features_point_by_point() -> None:
         torch.testing.assert_close(feature, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_inference_computes_the_same_from_fewer_rows() -> None:
+    net = PillarFeatureNet(5, (8, 8, 12), SIZE, RANGE, dict(type='BN1d', eps=1e-3)).eval()
+    for layer in net.pfn_layers:
+        nn.init.normal_(layer.norm.bias)  # so that padding rows win some maxima
+    voxels, cells, counts = group_points_to_pillars(_cloud(80), SIZE, RANGE, 3, 100)
+    assert counts.unique().tolist() == [1, 2, 3]
+    pillars = Pillars(voxels, nn.functional.pad(cells, (1, 0)), counts)
+    dense = net(pillars)
+    with torch.no_grad():
+        torch.testing.assert_close(net(pillars), dense)
+        assert net(Pillars(voxels[:0], pillars.coordinates[:0], counts[:0])).shape == (0, 12)
+
+
 def test_scatter() -> None:
     net = _tiny()
     features = torch.arange(6.0).view(3, 2)

@@ -30,6 +30,8 @@ def _build(case: Case) -> BoxeR3D:
             feat_channels=size['pfn_filters'],
             stage_layers=size['neck_layers'],
             stage_channels=size['neck_filters'],
+            stage_strides=[1] + [2] * (len(size['neck_layers']) - 1),
+            out_indices=range(len(size['neck_layers']))[-2:],
         ),
         neck=dict(type='boltz_mm.BoxeRNeck', in_channels=size['neck_filters'][-2:], out_channels=width),
         encoder=dict(type='boltz_mm.Box3dTransformerEncoder', num_layers=size['enc_layers'], layer_cfg=layer),
