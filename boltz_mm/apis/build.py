@@ -4,6 +4,7 @@ mmdet's ``init_detector`` takes what fits of a checkpoint and warns about the re
 error that says why, and the file is read by the restricted reader.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def build_model(
     from mmengine.device import get_device
 
     init_default_scope(cfg.get('default_scope') or 'mmdet')
-    model_cfg = cfg.model.copy()
+    model_cfg = copy.deepcopy(cfg.model)
     if model_cfg.get('backbone', {}).get('init_cfg') is not None:
         model_cfg.backbone.init_cfg = None
     model: BaseModel = revert_sync_batchnorm(MODELS.build(model_cfg))
@@ -55,7 +56,7 @@ def _dataset_meta(cfg: Config) -> dict[str, Any]:
     dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset')
     if dataset is None:
         return {}
-    dataset = dataset.copy()
+    dataset = copy.deepcopy(dataset)
     while 'dataset' in dataset:
         dataset = dataset['dataset']
     dataset['lazy_init'] = True

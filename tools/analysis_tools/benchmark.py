@@ -5,6 +5,7 @@ Example:
 """
 
 import argparse
+import time
 from pathlib import Path
 
 from mmengine.config import DictAction
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.work_dir is not None:
         Path(args.work_dir).mkdir(parents=True, exist_ok=True)
         log_file = str(Path(args.work_dir) / 'benchmark.log')
-    logger = MMLogger.get_instance('benchmark', log_file=log_file, log_level='INFO')
+    logger = MMLogger.get_instance(f'benchmark-{time.time_ns()}', log_file=log_file, log_level='INFO')
     try:
         benchmark = build_benchmark(
             cfg, args.task, dataset_type=args.dataset_type, checkpoint=args.checkpoint, fuse=args.fuse_conv_bn,

@@ -1,4 +1,6 @@
-"""Draws the images of a dataset as training sees them, with their ground truth; arguments as in mmdet.
+"""Draws images of a dataset with their ground truth; arguments as in mmdet.
+
+Training images are drawn as training sees them, after all transforms, others as they are on disk.
 
 Example:
     python tools/analysis_tools/browse_dataset.py configs/boxer/boxer_tiny_shapes.py --output-dir pictures --not-show
@@ -6,9 +8,11 @@ Example:
 
 import argparse
 import itertools
+import time
 import warnings
 from pathlib import Path
 
+import mmcv
 import numpy as np
 from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
@@ -26,7 +30,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--output-dir', help='write the pictures to this folder')
     parser.add_argument('--not-show', action='store_true', help='open no windows')
     parser.add_argument('--show-interval', type=float, default=2, help='seconds between two windows')
-    parser.add_argument('--phase', choices=['train', 'val', 'test'], default='train', help='which dataset')
+    parser.add_argument(
+        '--phase', choices=['train', 'val', 'test'], default='train', help='which dataset (default: train)'
+    )
     parser.add_argument('--num-images', type=int, help='stop after so many images')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     return parser.parse_args(argv)
@@ -53,14 +59,17 @@ def main(argv: list[str] | None = None) -> None:
     cfg = launch.load_config(args.config, args.cfg_options)
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     dataset = DATASETS.build(cfg[f'{args.phase}_dataloader'].dataset)
-    visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None, 'name': 'browse_dataset'})
+    visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None, 'name': f'browse-{time.time_ns()}'})
     visualizer.dataset_meta = dataset.metainfo
     count = len(dataset) if args.num_images is None else min(args.num_images, len(dataset))
     used: set[str] = set()
     for index in tqdm(range(count), unit='image'):
         item = dataset[index]
         sample = item['data_samples']
-        image = np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()[..., ::-1])  # BGR to RGB
+        if args.phase == 'train':
+            image = np.ascontiguousarray(item['inputs'].permute(1, 2, 0).numpy()[..., ::-1])  # BGR to RGB
+        else:  # test pipelines resize the image and leave the ground truth
+            image = mmcv.imread(sample.img_path, channel_order='rgb')
         if isinstance(sample, DetDataSample):
             image, sample = enlarge(image, sample, drawing_scale(image))
         name = Path(item['data_samples'].img_path).name
