@@ -171,7 +171,7 @@ def draw_box_attention(
     decoder_layer: int = -1,
     classes: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws one row for each query: the token that it came from (left), and the query in the decoder (right).
+    """Draws one row for each query: where it is, the token that it came from, and the query in the decoder.
 
     Args:
         image: RGB, uint8 [H, W, 3], without padding.
@@ -193,15 +193,16 @@ def draw_box_attention(
     decoder = _layer(view.decoder, decoder_layer, 'decoder')
     height, width = image.shape[:2]
     side = 4.2
-    figure = Figure(figsize=(2 * side, (side + 0.35) * len(queries) + 0.5))
+    figure = Figure(figsize=(3 * side, (side + 0.35) * len(queries) + 0.5))
     figure.set_layout_engine('constrained')
-    panels = figure.subplots(len(queries), 2, squeeze=False)
+    panels = figure.subplots(len(queries), 3, squeeze=False)
     heads = decoder.boxes.shape[1]
-    for (left, right), query in zip(panels, queries, strict=True):
+    for (whole, left, right), query in zip(panels, queries, strict=True):
         label = int(view.labels[query])
         name = classes[label] if classes is not None and label < len(classes) else f'class {label}'
         token = int(view.tokens[query])
         region = _region([(encoder, token), (decoder, query)], width, height)
+        _draw_whole(whole, image, region)
         _draw_attended(left, image, encoder, token, region)
         left.set_title(f'encoder: token of level {int(view.token_levels[token])}', fontsize=9)
         _draw_attended(right, image, decoder, query, region)
@@ -253,14 +254,28 @@ def _region(looked: Sequence[tuple[Attended, int]], width: int, height: int) -> 
     return left, top, side
 
 
+def _show(axes: Axes, image: np.ndarray, left: float, top: float, width: float, height: float) -> None:
+    """Shows part of the image, a little paler than it is."""
+    axes.imshow((image * 0.75 + 64).clip(0, 255).astype(np.uint8), interpolation='nearest')
+    axes.set(xticks=[], yticks=[], xlim=(left - 0.5, left + width - 0.5), ylim=(top + height - 0.5, top - 0.5))
+
+
+def _draw_whole(axes: Axes, image: np.ndarray, region: tuple[float, float, float]) -> None:
+    """Shows the whole image and where the other panels lie in it."""
+    height, width = image.shape[:2]
+    _show(axes, image, 0, 0, width, height)
+    left, top, side = region
+    axes.add_patch(Rectangle((left - 0.5, top - 0.5), side, side, fill=False, edgecolor='black', linewidth=1.2))
+    axes.set_title('image', fontsize=9)
+
+
 def _draw_attended(
     axes: Axes, image: np.ndarray, attended: Attended, index: int, region: tuple[float, float, float]
 ) -> None:
     """Draws image, reference window and attended boxes of one token or query."""
     height, width = image.shape[:2]
-    axes.imshow((image * 0.75 + 64).clip(0, 255).astype(np.uint8), interpolation='nearest')
     left, top, side = region
-    axes.set(xticks=[], yticks=[], xlim=(left - 0.5, left + side - 0.5), ylim=(top + side - 0.5, top - 0.5))
+    _show(axes, image, left, top, side, side)
     boxes, weights = attended.boxes[index], attended.weights[index]  # [H, L, 4], [H, L]
     heads, levels = weights.shape
     for head, level in sorted(np.ndindex(heads, levels), key=lambda at: float(weights[at])):

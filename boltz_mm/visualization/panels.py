@@ -36,14 +36,14 @@ def enlarge(image: np.ndarray, sample: DetDataSample, scale: int) -> tuple[np.nd
         scale: How many times larger.
 
     Returns:
-        Image [H * scale, W * scale, 3] and a sample with plain boxes and boolean masks of that size.  Where two
-        objects' enlarged pixels meet nothing is interpolated.
+        Image [H * scale, W * scale, 3] and a sample with plain boxes, cut at the image's border, and boolean masks of
+        that size.  Pixels are repeated, not interpolated.
     """
     large = image if scale == 1 else cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
     result = DetDataSample(metainfo=sample.metainfo)
     for name in ('gt_instances', 'pred_instances'):
         if name in sample:
-            setattr(result, name, _enlarge_instances(getattr(sample, name), scale))
+            setattr(result, name, _enlarge_instances(getattr(sample, name), scale, large.shape))
     for name in ('gt_sem_seg', 'pred_sem_seg', 'gt_panoptic_seg', 'pred_panoptic_seg'):
         if name in sample:
             maps = {key: _repeat(torch.as_tensor(value), scale) for key, value in getattr(sample, name).items()}
@@ -55,13 +55,16 @@ def _repeat(tensor: torch.Tensor, scale: int) -> torch.Tensor:
     return tensor.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
 
 
-def _enlarge_instances(instances: InstanceData, scale: int) -> InstanceData:
+def _enlarge_instances(instances: InstanceData, scale: int, shape: tuple[int, ...]) -> InstanceData:
     result = InstanceData(metainfo=instances.metainfo)
     for key in ('labels', 'scores', 'label_names'):
         if key in instances:
             result[key] = instances[key]
     if 'bboxes' in instances:
-        result.bboxes = get_box_tensor(instances.bboxes) * scale
+        boxes = get_box_tensor(instances.bboxes) * scale
+        # A box that leaves the image would make the visualizer shrink the image to show all of it.
+        limits = boxes.new_tensor([shape[1], shape[0], shape[1], shape[0]])
+        result.bboxes = boxes.clamp(min=0).minimum(limits)
     if 'masks' in instances:
         masks = instances.masks
         masks = masks if isinstance(masks, torch.Tensor) else torch.from_numpy(mask2ndarray(masks))

@@ -81,11 +81,12 @@ def test_best_queries_are_of_different_objects() -> None:
 def test_picture_holds_windows_and_boxes(tmp_path) -> None:
     image = np.zeros((30, 40, 3), np.uint8)
     figure = draw_box_attention(image, _view(), [1, 0], classes=['circle', 'square'])
-    assert len(figure.axes) == 4
-    encoder, decoder = figure.axes[:2]
+    assert len(figure.axes) == 6
+    whole, encoder, decoder = figure.axes[:3]
+    assert whole.get_xlim() == (-0.5, 39.5)
     assert 'level 0' in encoder.get_title()
     assert 'query 1, square 0.90' in decoder.get_title()
-    assert 'level 1' in figure.axes[2].get_title()
+    assert 'level 1' in figure.axes[4].get_title()
     rectangles = [p for p in encoder.patches if isinstance(p, Rectangle)]
     assert len(rectangles) == 3 * 2 + 2, 'each head and level, and the window twice'
     window = rectangles[-1]

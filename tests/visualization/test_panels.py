@@ -62,6 +62,13 @@ def test_panel_has_truth_left_and_confident_detections_right() -> None:
     assert not changed[1][second].any(), 'score 0.1 is below the threshold'
 
 
+def test_boxes_that_leave_the_image_do_not_shrink_it() -> None:
+    sample = _sample()
+    sample.pred_instances.bboxes[0] = torch.tensor([-20.0, -5, 60, 12])
+    picture = draw_panel(make_visualizer(META), np.full((24, 32, 3), 128, np.uint8), sample, least_side=240)
+    assert (picture[180:, 400:] == 128).all(), 'the rest of the image is where it was, without white margins'
+
+
 def test_panel_without_detections() -> None:
     image = np.full((24, 32, 3), 128, np.uint8)
     picture = draw_panel(make_visualizer(META), image, _sample(scores=(0.1, 0.1)), draw_gt=False, least_side=48)
