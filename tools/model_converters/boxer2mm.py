@@ -41,7 +41,7 @@ def convert(source: str) -> tuple[dict[str, torch.Tensor], dict, bool]:
             model = MODELS.build(infer_boxer_config(state))
         state, report = convert_boxer(container, model)
     print(report)
-    meta = {'converted_from': 'kienduynguyen/BoxeR', 'num_classes': report.num_classes}
+    meta: dict = {'converted_from': 'kienduynguyen/BoxeR', 'num_classes': report.num_classes}
     if report.num_classes == len(CocoCategoryIdDataset.METAINFO['classes']):
         meta['dataset_meta'] = CocoCategoryIdDataset.METAINFO
     return state, meta, report.complete
@@ -55,7 +55,8 @@ def main() -> int:
     """
     args = parse_args()
     if args.reverse:
-        state, meta, complete = export_boxer(state_dict_of(read_checkpoint(args.source), args.source)), {}, True
+        state, complete = export_boxer(state_dict_of(read_checkpoint(args.source), args.source)), True
+        meta: dict = {}
         print(f'{len(state)} tensors renamed')
     else:
         state, meta, complete = convert(args.source)

@@ -9,7 +9,7 @@ batch without padding is computed without a mask, as the official code does for 
 Held by the golden cases ``boxer2d_*``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -143,6 +143,25 @@ class BoxeR(DetectionTransformer):
         head_inputs.pop('topk_indexes')
         return self.bbox_head.loss(**head_inputs, batch_data_samples=batch_data_samples, num_boxes=num_boxes)
 
+    def predict(self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True) -> SampleList:
+        """Results of a batch.
+
+        Args:
+            batch_inputs: Images ``[B, 3, H, W]``.
+            batch_data_samples: Meta information of each image.
+            rescale: Give results in the original image instead of the resized one.
+
+        Returns:
+            The samples with ``pred_instances``, see :meth:`BoxeRHead.predict_by_feat`.
+        """
+        head_inputs = self.forward_transformer(self.extract_feat(batch_inputs), batch_data_samples, self._last_layer)
+        results = self.bbox_head.predict(**head_inputs, batch_data_samples=batch_data_samples, rescale=rescale)
+        return self.add_pred_to_datasample(batch_data_samples, results)
+
+    @property
+    def _last_layer(self) -> tuple[int]:
+        return (len(self.decoder.layers) - 1,)
+
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
@@ -156,12 +175,11 @@ class BoxeR(DetectionTransformer):
             Class logits ``[B, Q, K]``, boxes ``[B, Q, 4]`` (cx, cy, w, h) in 0..1 and, with masks, mask logits
             ``[B, Q, 28, 28]``.
         """
-        inputs = self.forward_transformer(self.extract_feat(batch_inputs), batch_data_samples)
-        hidden_states = inputs['hidden_states']
-        cls_scores, bbox_preds = self.bbox_head(hidden_states[-1:], inputs['references'])
+        inputs = self.forward_transformer(self.extract_feat(batch_inputs), batch_data_samples, self._last_layer)
+        cls_scores, bbox_preds = self.bbox_head(inputs['hidden_states'][-1:], inputs['references'])
         if not self.with_mask:
             return cls_scores[0], bbox_preds[0]
-        masks = self._all_masks(cls_scores, inputs['compute_rois'], [len(hidden_states) - 1])
+        masks = self._all_masks(cls_scores, inputs['compute_rois'], self._last_layer)
         return cls_scores[0], bbox_preds[0], masks[0]
 
     def forward_all(self, batch_inputs: Tensor, batch_data_samples: OptSampleList = None) -> BoxeROutputs:
@@ -209,6 +227,27 @@ class BoxeR(DetectionTransformer):
         return torch.stack(masks).unflatten(1, (batch, num_queries))
 
     # ------------------------------------------------------------------------------------------------- transformer
+
+    def forward_transformer(
+        self,
+        img_feats: tuple[Tensor, ...],
+        batch_data_samples: OptSampleList = None,
+        roi_layers: Collection[int] | None = None,
+    ) -> dict:
+        """From features to the arguments of the head.
+
+        Args:
+            img_feats: Features ``[B, C, H_l, W_l]`` of all levels.
+            batch_data_samples: Meta information of each image; without, no image is padded.
+            roi_layers: Decoder layers whose masks may be asked for, by default all; the others' memory is freed.
+
+        Returns:
+            ``hidden_states`` ``[layers, B, Q, C]``, ``references`` ``[B, Q, 4]``, ``first_stage``, ``compute_rois``
+            and ``topk_indexes`` ``[B, Q]``.
+        """
+        encoder_inputs, decoder_inputs = self.pre_transformer(img_feats, batch_data_samples)
+        queries, head_inputs = self.pre_decoder(**self.forward_encoder(**encoder_inputs))
+        return head_inputs | self.forward_decoder(**decoder_inputs, **queries, roi_layers=roi_layers)
 
     def pre_transformer(
         self, img_feats: tuple[Tensor, ...], batch_data_samples: OptSampleList = None
@@ -286,9 +325,12 @@ class BoxeR(DetectionTransformer):
         spatial_shapes: list[tuple[int, int]],
         key_padding_mask: Tensor | None,
         valid_ratios: Tensor | None,
+        roi_layers: Collection[int] | None = None,
     ) -> dict:
         """Decode queries ``[B, Q, C]``; the result holds the head's ``hidden_states`` and ``compute_rois``."""
-        output = self.decoder(query, query_pos, memory, spatial_shapes, ref_windows, key_padding_mask, valid_ratios)
+        output = self.decoder(
+            query, query_pos, memory, spatial_shapes, ref_windows, key_padding_mask, valid_ratios, roi_layers
+        )
         rois = partial(self._compute_rois, output.roi_states) if self.with_mask else None
         return {'hidden_states': output.hidden_states, 'compute_rois': rois}
 

@@ -24,6 +24,7 @@ from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.registry import TASK_UTILS as MMDET_TASK_UTILS
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh, get_box_tensor
+from mmdet.structures.mask import BaseInstanceMasks
 from mmdet.utils import InstanceList, reduce_mean
 from mmengine.model import BaseModule, bias_init_with_prob
 from mmengine.structures import InstanceData
@@ -33,8 +34,8 @@ from boltz_mm.models.layers.mask_grid import mask_targets, paste_masks
 from boltz_mm.registry import MODELS
 
 MaskLogits = Callable[[int, list[Tensor]], Tensor]
-"""Mask logits ``[R, m, m]`` of chosen queries of a decoder layer: for each image the indexes ``[n_b]`` of its chosen
-queries go in, images one after the other come out."""
+"""Mask logits ``[R, m, m]`` of chosen queries of a decoder layer (-1 is the last): for each image the indexes ``[n_b]``
+of its chosen queries go in, images one after the other come out."""
 
 _ASSIGNER = dict(
     type='boltz_mm.ReducedHungarianAssigner',
@@ -157,8 +158,8 @@ class BoxeRHead(BaseModule):
             (self.enc_cls_branch, self.enc_reg_branch),
         ):
             nn.init.constant_(cls_branch.bias, bias_init_with_prob(0.01))
-            nn.init.zeros_(reg_branch[-1].weight)
-            nn.init.zeros_(reg_branch[-1].bias)
+            for parameter in reg_branch[-1].parameters():
+                nn.init.zeros_(parameter)
 
     # ----------------------------------------------------------------------------------------------- predictions
 
@@ -203,8 +204,12 @@ class BoxeRHead(BaseModule):
         """
         return self.mask_head(rois, cls_scores.argmax(dim=-1))
 
-    def _mask_logits(self, cls_scores: Tensor, compute_rois: Callable[[int, list[Tensor]], Tensor]) -> MaskLogits:
-        """Bind what the masks of chosen queries need; ``cls_scores`` is ``[layers, B, Q, K]``."""
+    def _mask_logits(
+        self, cls_scores: Tensor, compute_rois: Callable[[int, list[Tensor]], Tensor] | None
+    ) -> MaskLogits | None:
+        """Bind what the masks of chosen queries need, if there are any; ``cls_scores`` is ``[layers, B, Q, K]``."""
+        if compute_rois is None:
+            return None
 
         def mask_logits(layer: int, rows: list[Tensor]) -> Tensor:
             chosen = torch.cat([cls_scores[layer, image, row] for image, row in enumerate(rows)])
@@ -253,7 +258,7 @@ class BoxeRHead(BaseModule):
             enc_bbox_preds,
             [sample.gt_instances for sample in batch_data_samples],
             [sample.metainfo for sample in batch_data_samples],
-            mask_logits=self._mask_logits(cls_scores, compute_rois) if self.with_mask else None,
+            mask_logits=self._mask_logits(cls_scores, compute_rois),
             enc_boxes=enc_boxes,
             num_boxes=num_boxes,
         )
@@ -293,21 +298,24 @@ class BoxeRHead(BaseModule):
             layer's matched queries.
 
         Raises:
-            ValueError: A label is out of range, or masks are wanted and missing.
+            ValueError: A label is out of range, or masks are wanted and missing (or the other way round).
             FloatingPointError: A prediction is NaN or infinite.
         """
+        if self.with_mask != (mask_logits is not None):
+            raise ValueError(f'mask_logits must be given with with_mask=True and only then; with_mask={self.with_mask}')
         targets = self.make_targets(batch_gt_instances, batch_img_metas)
         if num_boxes is None:
             count = layers_bbox_preds[0].new_tensor(float(sum(len(t.labels) for t in targets)))
             num_boxes = reduce_mean(count).clamp(min=1)
         grids: list[Tensor] = []  # mask targets, made at the first mask loss and used for all layers
 
-        losses, last = {}, len(layers_cls_scores) - 1
+        losses: dict[str, Tensor] = {}
+        last = len(layers_cls_scores) - 1
         for layer, (cls_scores, bbox_preds) in enumerate(zip(layers_cls_scores, layers_bbox_preds, strict=True)):
             matches = self.match(cls_scores, bbox_preds, targets)
             rows = [pred_inds for pred_inds, _ in matches]
             terms = self._box_losses(cls_scores, _take(bbox_preds, rows), targets, matches, num_boxes)
-            if self.with_mask:
+            if mask_logits is not None:
                 logits = mask_logits(layer, rows)
                 grids = grids or self._mask_targets(batch_gt_instances, targets, logits)
                 terms |= self._mask_losses(logits, _take_matched(grids, matches), num_boxes)
@@ -316,7 +324,7 @@ class BoxeRHead(BaseModule):
             if layer == last:
                 labels = _take_matched([t.labels for t in targets], matches)
                 losses['accuracy'] = accuracy(_take(cls_scores, rows).detach(), labels).mean()
-        if enc_cls_scores is not None:
+        if enc_cls_scores is not None and enc_bbox_preds is not None:
             losses |= self._first_stage_losses(enc_cls_scores, enc_bbox_preds, enc_boxes, targets, num_boxes)
         return losses
 
@@ -442,10 +450,7 @@ class BoxeRHead(BaseModule):
             See :meth:`predict_by_feat`.
         """
         cls_scores, bbox_preds = self(hidden_states[-1:], references)
-        mask_logits = None
-        if self.with_mask:
-            last = len(hidden_states) - 1
-            mask_logits = self._mask_logits(cls_scores, lambda layer, rows: compute_rois(last, rows))
+        mask_logits = self._mask_logits(cls_scores, compute_rois)  # asked for layer -1
         metas = [sample.metainfo for sample in batch_data_samples]
         return self.predict_by_feat(cls_scores[-1], bbox_preds[-1], metas, mask_logits=mask_logits, rescale=rescale)
 
@@ -473,28 +478,32 @@ class BoxeRHead(BaseModule):
             ``query_inds`` ``[n]`` and, with masks, ``masks`` ``[n, H, W]`` bool.
         """
         results = [self._select(*image) for image in zip(cls_scores, bbox_preds, strict=True)]
-        masks: Sequence[Tensor | None] = [None] * len(results)
-        if mask_logits is not None:
-            # Several results may come from one query: its mask is computed and pasted once.
-            distinct = [r.query_inds.unique(return_inverse=True) for r in results]
-            probs = mask_logits(-1, [queries for queries, _ in distinct]).sigmoid()
-            masks = probs.split([len(queries) for queries, _ in distinct])
-        for image, (result, meta) in enumerate(zip(results, batch_img_metas, strict=True)):
+        for result, meta in zip(results, batch_img_metas, strict=True):
             width, height = _result_factor(meta, rescale)
-            factor = result.bboxes.new_tensor([width, height, width, height])
-            result.bboxes = result.bboxes * factor
-            size = tuple(int(n) for n in meta['ori_shape' if rescale else 'img_shape'][:2])
-            if masks[image] is not None:
-                queries, inverse = distinct[image]
-                query_boxes = bbox_cxcywh_to_xyxy(bbox_preds[image, queries]) * factor
-                pasted, quality = paste_masks(masks[image], query_boxes, size)
-                result.masks = pasted[inverse]
-                result.scores = result.scores * quality[inverse]
-            if self.test_cfg.get('clip_boxes', False):
-                result.bboxes[:, 0::2].clamp_(0, size[1])
-                result.bboxes[:, 1::2].clamp_(0, size[0])
-            results[image] = result[result.scores.argsort(descending=True, stable=True)]
-        return results
+            result.bboxes = result.bboxes * result.bboxes.new_tensor([width, height, width, height])
+        sizes = [_image_size(meta['ori_shape' if rescale else 'img_shape']) for meta in batch_img_metas]
+        if mask_logits is not None:
+            self._add_masks(results, mask_logits, sizes)
+        if self.test_cfg.get('clip_boxes', False):
+            for result, (h, w) in zip(results, sizes, strict=True):
+                result.bboxes = torch.minimum(result.bboxes.clamp(min=0), result.bboxes.new_tensor([w, h, w, h]))
+        return [result[result.scores.argsort(descending=True, stable=True)] for result in results]
+
+    @staticmethod
+    def _add_masks(results: InstanceList, mask_logits: MaskLogits, sizes: Sequence[tuple[int, int]]) -> None:
+        """Paste masks into images of the given (h, w) and weigh scores by them.
+
+        Several results may come from one query: its mask is computed and pasted once.
+        """
+        distinct = [result.query_inds.unique(return_inverse=True) for result in results]
+        probs = mask_logits(-1, [queries for queries, _ in distinct]).sigmoid()
+        parts = probs.split([len(queries) for queries, _ in distinct])
+        for result, part, (queries, inverse), size in zip(results, parts, distinct, sizes, strict=True):
+            boxes = result.bboxes.new_empty(len(queries), 4)
+            boxes[inverse] = result.bboxes
+            masks, qualities = paste_masks(part, boxes, size)
+            result.masks = masks[inverse]
+            result.scores = result.scores * qualities[inverse]
 
     def _select(self, cls_scores: Tensor, bbox_preds: Tensor) -> InstanceData:
         """The best pairs of query and class of one image, boxes as corners in 0..1."""
@@ -534,12 +543,17 @@ def _take_matched(values: Sequence[Tensor], matches: Matches) -> Tensor:
     return torch.cat([value[gt_inds] for value, (_, gt_inds) in zip(values, matches, strict=True)])
 
 
+def _image_size(shape: Sequence[int]) -> tuple[int, int]:
+    """(h, w) of an image shape (h, w, ...)."""
+    return int(shape[0]), int(shape[1])
+
+
 def _box_factor(shape: Sequence[int]) -> tuple[float, float, float, float]:
     """(w, h, w, h) of an image shape (h, w, ...)."""
     return float(shape[1]), float(shape[0]), float(shape[1]), float(shape[0])
 
 
-def _mask_tensor(masks: object, shape: Sequence[int]) -> Tensor:
+def _mask_tensor(masks: Tensor | BaseInstanceMasks, shape: Sequence[int]) -> Tensor:
     """Masks of mmdet (on the CPU) or a tensor, cut to the unpadded image: ``[n, h, w]``."""
     if not isinstance(masks, Tensor):
         masks = torch.from_numpy(masks.to_ndarray())

@@ -6,6 +6,8 @@ Deviations, none of them in value: only the channel of the wanted class is compu
 kept), and the convolutions, whose kernels do not overlap, are matrix products on rows of channels.
 """
 
+from typing import cast
+
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -45,11 +47,11 @@ class BoxeRMaskHead(BaseModule):
         num_rois, size = rois.shape[:2]
         # Every input point becomes a 2 x 2 cell: its four points stay together until the end, so nothing is permuted.
         kernel = self.upsample.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * C, C]
-        x = F.linear(rois, kernel, self.upsample.bias.repeat(4)).relu()  # [R, m, m, 4 * C]
-        x = x.unflatten(-1, (4, self.embed_dims))
+        bias = cast(Tensor, self.upsample.bias).repeat(4)
+        x = F.linear(rois, kernel, bias).relu().unflatten(-1, (4, self.embed_dims))  # [R, m, m, 4, C]
         x = F.linear(x, self.conv.weight.flatten(1), self.conv.bias).relu()
         weight = self.conv_logits.weight.flatten(1)[labels]  # [R, C]
         logits = torch.bmm(x.flatten(1, 3), weight.unsqueeze(-1)).squeeze(-1)  # [R, m * m * 4]
-        logits = logits + self.conv_logits.bias[labels].unsqueeze(-1)
+        logits = logits + cast(Tensor, self.conv_logits.bias)[labels].unsqueeze(-1)
         logits = logits.view(num_rois, size, size, 2, 2).transpose(2, 3).reshape(num_rois, 2 * size, 2 * size)
         return logits if logits.dtype == torch.float64 else logits.float()

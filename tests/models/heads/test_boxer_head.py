@@ -45,6 +45,9 @@ def make_predictions(layers=2, queries=9, tokens=40, seed=1, dtype=torch.float32
 
 
 def compute_losses(head, predictions, instances, metas, **kwargs):
+    def mask_logits(layer, rows):
+        return torch.cat([predictions['mask'][layer][b, r] for b, r in enumerate(rows)])
+
     return head.loss_by_feat(
         predictions['cls'],
         [b.sigmoid() for b in predictions['box']],
@@ -52,7 +55,7 @@ def compute_losses(head, predictions, instances, metas, **kwargs):
         predictions['enc_box'].sigmoid(),
         instances,
         metas,
-        mask_logits=lambda layer, rows: torch.cat([predictions['mask'][layer][b, r] for b, r in enumerate(rows)]),
+        mask_logits=mask_logits if head.with_mask else None,
         **kwargs,
     )
 
@@ -127,6 +130,13 @@ def test_labels_out_of_range_are_named(label, words):
     instances[1].labels[0] = label
     with pytest.raises(ValueError, match=words):
         compute_losses(BoxeRHead(NUM_CLASSES, 16, with_mask=True), make_predictions(), instances, metas)
+
+
+def test_masks_and_with_mask_go_together():
+    predictions, batch = make_predictions(), make_batch()
+    boxes = [b.sigmoid() for b in predictions['box']]
+    with pytest.raises(ValueError, match='mask_logits must be given'):
+        BoxeRHead(NUM_CLASSES, 16, with_mask=True).loss_by_feat(predictions['cls'], boxes, None, None, *batch)
 
 
 def test_missing_masks_are_named():

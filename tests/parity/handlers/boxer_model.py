@@ -129,7 +129,9 @@ def run_criterion(case: Case) -> Produced:
         inputs['enc0.pred_boxes'] if has_enc else None,
         instances,
         metas,
-        mask_logits=lambda layer, rows: gather(inputs[f'{prefixes[layer]}pred_masks'], rows),
+        mask_logits=(lambda layer, rows: gather(inputs[f'{prefixes[layer]}pred_masks'], rows))
+        if kwargs['use_mask']
+        else None,
         num_boxes=inputs.get('num_boxes'),
     )
     official = official_losses(losses)
