@@ -1,8 +1,8 @@
 """Curves and times from the logs that mmengine writes (``WORK_DIR/TIMESTAMP/vis_data/scalars.json``).
 
 A log has one JSON object a line: training lines carry ``iter``, evaluation lines do not, and name their metrics as in
-``coco/bbox_mAP``.  Runs by epoch and runs by iteration are both read; the time of an evaluation is its epoch or its
-iteration accordingly.
+``coco/bbox_mAP``.  An evaluation stands at its epoch, in a run by iteration at the last iteration logged before it
+(there mmengine writes step 0 unless ``LoggerHook`` has ``log_metric_by_epoch=False``).
 """
 
 import dataclasses
@@ -148,9 +148,13 @@ def read_log(path: str | os.PathLike[str]) -> TrainingLog:
     if not lines:
         raise ValueError(f'{file} is empty')
     train = [line for line in lines if 'iter' in line]
-    evaluations = [line for line in lines if 'iter' not in line]
-    last_epoch = max((line.get('epoch', 0) for line in train), default=0)
-    by_epoch = bool(last_epoch) and all(line.get('step', 0) <= last_epoch for line in evaluations)
+    by_epoch = any('epoch' in line for line in train)
+    evaluations, last = [], 0
+    for line in lines:
+        if 'iter' in line:
+            last = int(line.get('epoch' if by_epoch else 'iter', last))
+        else:
+            evaluations.append({**line, 'step': max(last, int(line.get('step', 0)))})
     return TrainingLog(str(path), train, evaluations, by_epoch)
 
 

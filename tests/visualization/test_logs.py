@@ -54,8 +54,12 @@ def test_time_is_that_of_training(log: TrainingLog) -> None:
     assert log.epoch_times(include_outliers=True) == pytest.approx({1: 0.4, 2: 1.4 / 3, 3: 1.6 / 3})
 
 
-def test_run_by_iteration(tmp_path: Path) -> None:
-    log = read_log(_write(tmp_path / 'scalars.json', _lines(by_epoch=False)))
+@pytest.mark.parametrize('logged', [True, False])
+def test_run_by_iteration(tmp_path: Path, logged: bool) -> None:
+    lines = _lines(by_epoch=False)
+    if not logged:  # what mmengine writes by default
+        lines = [line if 'iter' in line else {**line, 'step': 0} for line in lines]
+    log = read_log(_write(tmp_path / 'scalars.json', lines))
     assert log.curve('bbox_mAP').axis == 'iter'
     assert log.curve('bbox_mAP', start_epoch=2).steps.tolist() == [30, 60, 90]
     assert list(log.epoch_times()) == [1]
