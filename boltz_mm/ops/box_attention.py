@@ -284,9 +284,10 @@ def _setup_box(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_box(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value_needed, has_angles = ctx.needs_input_grad[0], ctx.saved_tensors[6] is not None
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    value_needed, has_angles = ctx.needs_input_grad[0], saved[6] is not None
     grad_value, grad_boxes, grad_logits, grad_angles = torch.ops.boltz_mm.box_attention_backward(
-        grad_output, *ctx.saved_tensors, value_needed
+        grad_output, *saved, value_needed
     )
     grad_value = grad_value if value_needed else None
     return grad_value, None, grad_boxes, grad_logits, None, None, grad_angles if has_angles else None
@@ -331,12 +332,13 @@ def _setup_instance(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Ten
 def _backward_instance(
     ctx: Any, grad_output: Tensor | None, grad_mask_output: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    value, _, boxes, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    value, _, boxes, *_ = saved
     value_needed = ctx.needs_input_grad[0]
     if grad_output is None:
         grad_output = value.new_zeros(value.shape[0], boxes.shape[1], value.shape[2] * value.shape[3])
     grad_value, grad_boxes, grad_logits = torch.ops.boltz_mm.instance_attention_backward(
-        grad_output, grad_mask_output if ctx.mask_output else None, *ctx.saved_tensors, value_needed
+        grad_output, grad_mask_output if ctx.mask_output else None, *saved, value_needed
     )
     return grad_value if value_needed else None, None, grad_boxes, grad_logits, None, None, None
 
