@@ -235,7 +235,7 @@ class PillarFeatureNet(BaseModule):
         pillar = kept.nonzero()[:, 0]
         features = features[kept]
         for layer in self.pfn_layers:
-            features = layer.forward_rows(features, pillar, len(points))
+            features = layer.forward_rows(features, pillar, len(points))  # type: ignore[operator]
         return features
 
 

@@ -78,7 +78,7 @@ class BoxeR3DHead(BaseModule):
         self.loss_iou = MODELS.build(loss_iou or dict(type='boltz_mm.Box3dGIoULoss', loss_weight=2.0))
         self.loss_heading = MODELS.build(loss_heading or dict(type='mmdet.L1Loss', loss_weight=4.0))
         self.assigner = TASK_UTILS.build((train_cfg or {}).get('assigner') or _published_assigner())
-        self.test_cfg = dict(max_per_sample=125, score_thr=0.0) | dict(test_cfg or {})
+        self.test_cfg: dict = dict(max_per_sample=125, score_thr=0.0) | dict(test_cfg or {})
 
         self.enc_cls_branch = nn.Linear(embed_dims, num_anchors)
         self.enc_reg_branch = MLP(embed_dims, embed_dims, num_anchors * 7, 3)
@@ -145,8 +145,8 @@ class BoxeR3DHead(BaseModule):
             Weighted losses, see :meth:`loss_by_feat`.
         """
         targets = [self.encode_targets(sample, memory.device) for sample in batch_data_samples]
-        predictions = self(hidden_states, proposals.ref_windows)
-        return self.loss_by_feat(*predictions, proposals, memory, ref_windows, targets)
+        scores, codes = self(hidden_states, proposals.ref_windows)
+        return self.loss_by_feat(scores, codes, proposals, memory, ref_windows, targets)
 
     def encode_targets(self, data_sample: BaseDataElement, device: torch.device) -> InstanceData:
         """Objects of a point cloud as labels ``[n]`` and box codes ``bboxes`` ``[n, 7]`` on a device.
