@@ -73,7 +73,7 @@ def make_shapes(
     """
     spec = spec or ShapesSpec()
     _check_counts(counts, workers)
-    out = Path(out)
+    out = Path(out).expanduser().resolve()  # a link stays a link, what it points to is made
     arguments = {'counts': {s: counts[s] for s in SPLITS if counts.get(s)}, **dataclasses.asdict(spec)}
     if _already_made(out, arguments, overwrite):
         return False

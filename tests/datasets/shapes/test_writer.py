@@ -108,6 +108,15 @@ def test_empty_folder_is_used(tmp_path: Path) -> None:
     assert _make(tmp_path / 'a b', {'train': 1})
 
 
+def test_link_to_another_place_is_followed(tmp_path: Path) -> None:
+    (tmp_path / 'far').mkdir()
+    (tmp_path / 'near').symlink_to(tmp_path / 'far')
+    assert _make(tmp_path / 'near', {'train': 1})
+    assert (tmp_path / 'near').is_symlink()
+    assert (tmp_path / 'far/shapes.json').is_file()
+    assert not _make(tmp_path / 'near', {'train': 1})
+
+
 @pytest.mark.parametrize('keep', [False, True])
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
     root = tmp_path / 'deep' / 'set'
