@@ -24,6 +24,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t kQueryBlock = 32;  // queries of a forward task
+constexpr int64_t kReadsToPack = 2;  // samples for each cell of value
+
 const GridKernels* choose_kernels() {
 #ifdef BOLTZ_MM_X86_VARIANTS
   // For tests and comparisons: keep to a smaller instruction set.
@@ -124,16 +127,26 @@ class Call {
   int64_t boxes() const { return rows() * problem.levels; }
   int64_t rows() const { return problem.batch * problem.queries * problem.heads; }
 
-  void forward() const {
-    in_threads(forward_tasks(problem), 4, kernels_.forward_scratch(problem), kernels_.forward, problem);
+  void forward() {
+    choose_packing();
+    const int64_t threads = torch::stable::get_num_threads(), maps = problem.batch * problem.heads;
+    if (problem.packed) {
+      problem.splits = maps ? (threads + maps - 1) / maps : 1;
+    } else {
+      problem.splits = (problem.queries + kQueryBlock - 1) / kQueryBlock;
+    }
+    in_threads((problem.packed ? maps : problem.batch) * problem.splits, 1, kernels_.forward_scratch(problem),
+               kernels_.forward, problem);
   }
 
-  void backward() const {
+  void backward() {
+    choose_packing();
     const int64_t scratch = kernels_.backward_scratch(problem);
     // The softmax passes need a small part of the scratch memory: without the map of a level.
     GridProblem rows_only = problem;
     rows_only.grad_value = nullptr;
     rows_only.grad_mask_output = nullptr;
+    rows_only.packed = false;
     const int64_t row_scratch = kernels_.backward_scratch(rows_only);
     const bool has_softmax = problem.mode != Mode::points && problem.levels * problem.points > 0;
     if (has_softmax) in_threads(rows(), 1024, row_scratch, kernels_.softmax, rows_only);
@@ -147,6 +160,11 @@ class Call {
   Tensor value_;
   std::vector<Tensor> kept_;
   std::vector<int64_t> shapes_, starts_;
+
+  // A head's part of value is copied where each cell is read several times.
+  void choose_packing() {
+    problem.packed = problem.queries * problem.levels * problem.points >= kReadsToPack * problem.cells;
+  }
 
   void read_levels(const Tensor& spatial_shapes) {
     const Tensor contiguous = torch::stable::contiguous(spatial_shapes);

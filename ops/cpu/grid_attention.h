@@ -27,6 +27,8 @@ struct GridProblem {
   const int64_t* shapes;     // [L, 2] (height, width)
   const int64_t* starts;     // [L] first cell of each level
   int64_t cells;             // of all levels
+  bool packed;               // copy the head's part of value before it is sampled
+  int64_t splits;            // of the queries, in the forward pass
   const void* value;         // [B, S, H, D]
   int64_t value_batch_stride, value_cell_stride, value_head_stride;  // in elements
   const void* boxes;         // [B, Q, H, L, 4]
@@ -52,18 +54,12 @@ struct GridProblem {
 // Each function works on the tasks [begin, end) with scratch memory of its own.
 struct GridKernels {
   int64_t (*forward_scratch)(const GridProblem&);  // bytes
-  void (*forward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, block of queries)
+  void (*forward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, h, split) packed, else (b, split)
   int64_t (*backward_scratch)(const GridProblem&);
   void (*softmax)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, q, h)
   void (*backward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, h, l)
   void (*softmax_backward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, q, h)
 };
-
-constexpr int64_t kQueryBlock = 16;
-
-inline int64_t forward_tasks(const GridProblem& problem) {
-  return problem.batch * ((problem.queries + kQueryBlock - 1) / kQueryBlock);
-}
 
 namespace baseline {
 extern const GridKernels grid_kernels[kValueTypes];

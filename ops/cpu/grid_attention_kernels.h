@@ -318,7 +318,6 @@ inline __attribute__((always_inline)) void for_channels(const Body& body, Index 
   }
 }
 
-template <typename C>
 constexpr int kVectors = 128 / BOLTZ_MM_VECTOR_BYTES;
 
 // Weighted sum of the samples of one (b, q, h).
@@ -381,113 +380,164 @@ struct AttendWithMask {
   }
 };
 
-template <typename C>
+// Copy one head of the cells [first, first + count) of an image to contiguous rows.  Samples then hit a map that is
+// small enough for the second-level cache and the address translation, and not one row in every H * D elements.
+template <typename T>
+void pack_values(const GridProblem& problem, Index b, Index h, Index first, Index count, T* packed) {
+  const T* from = static_cast<const T*>(problem.value) + b * problem.value_batch_stride +
+                  h * problem.value_head_stride + first * problem.value_cell_stride;
+  const Index bytes = problem.depth * sizeof(T);
+  for (Index cell = 0; cell < count; ++cell) {
+    __builtin_memcpy(packed + cell * problem.depth, from + cell * problem.value_cell_stride, bytes);
+  }
+}
+
+// Rows (b, q, h) that are worked on together: row r is first + r * step.
+template <typename T>
+struct Rows {
+  Index batch, first, step, count;
+  const T* values;     // of the first row's head
+  Index stride;        // between cells
+  Index head_stride;   // between the heads of consecutive rows, 0 where all have the same head
+  Index first_head, heads;
+
+  const T* values_of(Index r) const { return values + (first_head + r) % heads * head_stride; }
+};
+
+template <typename T, typename C>
 struct ForwardScratch {
   Block<C> block;
-  Index rows;  // of (q, h) in a block
+  Index rows;  // in a block
   C *softmax, *quadrant_weights, *level_weights;
+  T* packed;
   Index *row_begin, *quadrants;
 
   ForwardScratch(const GridProblem& problem, void* memory, Index& used) {
     const Index count = problem.levels * problem.points;
     const Index fitting = kForwardPoints / (count ? count : 1);
-    const Index most = kQueryBlock * problem.heads;
-    rows = problem.mask_output || fitting < 1 ? 1 : fitting < most ? fitting : most;
+    rows = problem.mask_output || fitting < 1 ? 1 : fitting;
     Carver carver{static_cast<char*>(memory)};
     block.carve(carver, rows * count);
-    softmax = carver.take<C>(padded<C>(count > 4 * problem.levels ? count : 4 * problem.levels) + kLanes<C>);
+    const Index logits = problem.levels * (problem.points > 4 ? problem.points : 4);
+    softmax = carver.take<C>(padded<C>(logits) + kLanes<C>);
     quadrant_weights = carver.take<C>(4 * problem.levels);
     level_weights = carver.take<C>(count);
+    packed = carver.take<T>(problem.packed ? problem.cells * problem.depth : 0);
     row_begin = carver.take<Index>((rows > problem.points ? rows : problem.points) + 1);
     quadrants = carver.take<Index>(problem.points);
     used = carver.used;
   }
 };
 
-template <typename C>
+template <typename T, typename C>
 Index forward_scratch(const GridProblem& problem) {
   Index used;
-  ForwardScratch<C>(problem, nullptr, used);
+  ForwardScratch<T, C>(problem, nullptr, used);
   return used;
 }
 
+// One row with the feature map of the grid; the levels of a point are sampled side by side.
 template <typename T, typename C>
-void forward_block(const GridProblem& problem, const ForwardScratch<C>& scratch, Index b, Index item, Index rows) {
-  const Block<C>& block = scratch.block;
-  const Index heads = problem.heads, depth = problem.depth, points = problem.points;
-  const Index count = problem.levels * points;
-  const Index first_row = b * problem.queries * heads + item;
-  for (Index r = 0; r < rows; ++r) {
-    place_points<C>(problem, b, first_row + r, 0, problem.levels, block.x + r * count, block.y + r * count);
-    fill_weights<C>(problem, first_row + r, scratch.quadrants, scratch.softmax, block.weight + r * count);
-  }
-  find_cells(block, rows * count);
-  const Index stride = problem.value_cell_stride;
-  const T* values = static_cast<const T*>(problem.value) + b * problem.value_batch_stride;
-  T* output = static_cast<T*>(problem.output) + first_row * depth;
+void forward_with_mask(const GridProblem& problem, const ForwardScratch<T, C>& scratch, const Rows<T>& rows) {
+  const Index points = problem.points, heads = problem.heads, depth = problem.depth, row = rows.first;
   Index samples = 0;
-  if (problem.mask_output) {  // one row, the levels of a point side by side
-    const T* head_values = values + item % heads * problem.value_head_stride;
-    for (Index p = 0; p < points; ++p) {
-      scratch.row_begin[p] = samples;
-      for (Index level = 0; level < problem.levels; ++level) {
-        samples = add_sample(
-            block, level * points + p, problem.starts[level], problem.shapes[2 * level + 1], samples);
-      }
+  for (Index p = 0; p < points; ++p) {
+    scratch.row_begin[p] = samples;
+    for (Index level = 0; level < problem.levels; ++level) {
+      const Index width = problem.shapes[2 * level + 1];
+      samples = add_sample(scratch.block, level * points + p, problem.starts[level], width, samples);
     }
-    scratch.row_begin[points] = samples;
-    const C* logits = static_cast<const C*>(problem.logits) + first_row * problem.levels * 4;
-    softmax_levels(logits, problem.levels, scratch.quadrant_weights);
-    for (Index i = 0; i < count; ++i) {
-      scratch.level_weights[i] = scratch.quadrant_weights[i / points * 4 + scratch.quadrants[i % points]];
+  }
+  scratch.row_begin[points] = samples;
+  const C* logits = static_cast<const C*>(problem.logits) + row * problem.levels * 4;
+  softmax_levels(logits, problem.levels, scratch.quadrant_weights);
+  for (Index level = 0, i = 0; level < problem.levels; ++level) {
+    for (Index p = 0; p < points; ++p, ++i) {
+      scratch.level_weights[i] = scratch.quadrant_weights[level * 4 + scratch.quadrants[p]];
     }
-    T* mask_output = static_cast<T*>(problem.mask_output) +
-                     (first_row / heads * points * heads + first_row % heads) * depth;
-    const AttendWithMask<T, C> attend{head_values, stride, block.samples, scratch.row_begin, scratch.level_weights,
-                                      points, heads * depth, output, mask_output};
-    for_channels<kVectors<C>, kLanes<C>>(attend, 0, depth);
+  }
+  T* output = static_cast<T*>(problem.output) + row * depth;
+  T* mask_output = static_cast<T*>(problem.mask_output) + (row / heads * points * heads + row % heads) * depth;
+  const AttendWithMask<T, C> attend{rows.values_of(0), rows.stride, scratch.block.samples, scratch.row_begin,
+                                    scratch.level_weights, points, heads * depth, output, mask_output};
+  for_channels<kVectors, kLanes<C>>(attend, 0, depth);
+}
+
+template <typename T, typename C>
+void forward_block(const GridProblem& problem, const ForwardScratch<T, C>& scratch, const Rows<T>& rows) {
+  const Block<C>& block = scratch.block;
+  const Index depth = problem.depth, points = problem.points;
+  const Index count = problem.levels * points;
+  for (Index r = 0; r < rows.count; ++r) {
+    const Index row = rows.first + r * rows.step, point = r * count;
+    place_points<C>(problem, rows.batch, row, 0, problem.levels, block.x + point, block.y + point);
+    fill_weights<C>(problem, row, scratch.quadrants, scratch.softmax, block.weight + point);
+  }
+  find_cells(block, rows.count * count);
+  if (problem.mask_output) {
+    forward_with_mask<T, C>(problem, scratch, rows);
     return;
   }
-  const bool prefetch = rows * count <= kPrefetchedPoints;
-  for (Index r = 0; r < rows; ++r) {
+  const bool prefetch = rows.count * count <= kPrefetchedPoints;
+  Index samples = 0;
+  for (Index r = 0; r < rows.count; ++r) {
     scratch.row_begin[r] = samples;
-    const T* head_values = values + (item + r) % heads * problem.value_head_stride;
+    const T* values = rows.values_of(r);
     for (Index level = 0, point = r * count; level < problem.levels; ++level) {
       const Index start = problem.starts[level], width = problem.shapes[2 * level + 1];
       for (Index p = 0; p < points; ++p, ++point) {
         const Index before = samples;
         samples = add_sample(block, point, start, width, samples);
-        if (prefetch) prefetch_corners(head_values, block.samples[before], stride, depth);
+        if (prefetch) prefetch_corners(values, block.samples[before], rows.stride, depth);
       }
     }
   }
-  scratch.row_begin[rows] = samples;
-  for (Index r = 0; r < rows; ++r) {
-    const T* head_values = values + (item + r) % heads * problem.value_head_stride;
-    const Attend<T, C> attend{head_values, stride, block.samples + scratch.row_begin[r],
-                              block.samples + scratch.row_begin[r + 1], output + r * depth};
-    for_channels<kVectors<C>, kLanes<C>>(attend, 0, depth);
+  scratch.row_begin[rows.count] = samples;
+  for (Index r = 0; r < rows.count; ++r) {
+    T* output = static_cast<T*>(problem.output) + (rows.first + r * rows.step) * depth;
+    const Attend<T, C> attend{rows.values_of(r), rows.stride, block.samples + scratch.row_begin[r],
+                              block.samples + scratch.row_begin[r + 1], output};
+    for_channels<kVectors, kLanes<C>>(attend, 0, depth);
+  }
+}
+
+// All rows of a task, as many at a time as a block holds.
+template <typename T, typename C>
+void forward_rows(const GridProblem& problem, const ForwardScratch<T, C>& scratch, Rows<T> rows) {
+  const Index all = rows.count, first = rows.first, first_head = rows.first_head;
+  for (Index done = 0; done < all; done += scratch.rows) {
+    rows.count = all - done < scratch.rows ? all - done : scratch.rows;
+    rows.first = first + done * rows.step;
+    rows.first_head = first_head + done;
+    forward_block<T, C>(problem, scratch, rows);
   }
 }
 
 template <typename T, typename C>
 void forward(const GridProblem& problem, int64_t begin, int64_t end, void* memory) {
   Index used;
-  const ForwardScratch<C> scratch(problem, memory, used);
-  const Index count = problem.levels * problem.points;
+  const ForwardScratch<T, C> scratch(problem, memory, used);
+  const Index count = problem.levels * problem.points, heads = problem.heads, queries = problem.queries;
   for (Index r = 0; r < scratch.rows; ++r) {
     fill_sizes(problem, 0, problem.levels, scratch.block.width + r * count, scratch.block.height + r * count);
   }
   if (problem.mode == Mode::instance) {
     for (Index p = 0; p < problem.points; ++p) scratch.quadrants[p] = quadrant(problem, p);
   }
-  const Index blocks = (problem.queries + kQueryBlock - 1) / kQueryBlock;
   for (Index task = begin; task < end; ++task) {
-    const Index b = task / blocks, first = task % blocks * kQueryBlock;
-    const Index last = first + kQueryBlock < problem.queries ? first + kQueryBlock : problem.queries;
-    for (Index item = first * problem.heads; item < last * problem.heads; item += scratch.rows) {
-      const Index left = last * problem.heads - item;
-      forward_block<T, C>(problem, scratch, b, item, left < scratch.rows ? left : scratch.rows);
+    if (problem.packed) {
+      const Index split = task % problem.splits, bh = task / problem.splits;
+      const Index b = bh / heads, h = bh % heads;
+      const Index first = queries * split / problem.splits, last = queries * (split + 1) / problem.splits;
+      pack_values(problem, b, h, 0, problem.cells, scratch.packed);
+      forward_rows<T, C>(problem, scratch, Rows<T>{b, (b * queries + first) * heads + h, heads, last - first,
+                                                   scratch.packed, problem.depth, 0, 0, heads});
+    } else {
+      const Index b = task / problem.splits, split = task % problem.splits;
+      const Index first = queries * split / problem.splits, last = queries * (split + 1) / problem.splits;
+      const T* values = static_cast<const T*>(problem.value) + b * problem.value_batch_stride;
+      forward_rows<T, C>(problem, scratch, Rows<T>{b, (b * queries + first) * heads, 1, (last - first) * heads, values,
+                                                   problem.value_cell_stride, problem.value_head_stride, 0, heads});
     }
   }
 }
@@ -549,10 +599,11 @@ inline __attribute__((always_inline)) void backward_channels(
   }
 }
 
-template <typename C>
+template <typename T, typename C>
 struct BackwardScratch {
   Block<C> block;
   Index rows;  // queries in a block
+  T* packed;
   C *map, *grads, *mask_grads, *grad_x, *grad_y, *grad_weight, *grad_level_weight, *level_weight, *softmax;
   Index* quadrants;
 
@@ -568,6 +619,7 @@ struct BackwardScratch {
     Carver carver{static_cast<char*>(memory)};
     block.carve(carver, count);
     map = carver.take<C>(problem.grad_value ? most_cells * problem.depth : 0);
+    packed = carver.take<T>(problem.packed ? most_cells * problem.depth : 0);
     grads = carver.take<C>(rows * problem.depth);
     mask_grads = carver.take<C>(problem.grad_mask_output ? count * problem.depth : 0);
     C** const arrays[] = {&grad_x, &grad_y, &grad_weight, &grad_level_weight, &level_weight};
@@ -579,10 +631,10 @@ struct BackwardScratch {
   }
 };
 
-template <typename C>
+template <typename T, typename C>
 Index backward_scratch(const GridProblem& problem) {
   Index used;
-  BackwardScratch<C>(problem, nullptr, used);
+  BackwardScratch<T, C>(problem, nullptr, used);
   return used;
 }
 
@@ -642,8 +694,8 @@ void reduce_box(const GridProblem& problem, const Block<C>& block, const C* grad
 }
 
 // Weights of the points of one (b, q, h) in one level, from what softmax left in the gradients of the logits.
-template <typename C>
-void fill_level_weights(const GridProblem& problem, const BackwardScratch<C>& scratch, Index index, Index first) {
+template <typename T, typename C>
+void fill_level_weights(const GridProblem& problem, const BackwardScratch<T, C>& scratch, Index index, Index first) {
   const Index points = problem.points;
   C* weight = scratch.block.weight + first;
   if (problem.mode == Mode::instance) {
@@ -662,8 +714,8 @@ void fill_level_weights(const GridProblem& problem, const BackwardScratch<C>& sc
 }
 
 // Hand the gradients of a query's points on to what the points came from.
-template <typename C>
-void reduce_points(const GridProblem& problem, const BackwardScratch<C>& scratch, Index first, Index b, Index index,
+template <typename T, typename C>
+void reduce_points(const GridProblem& problem, const BackwardScratch<T, C>& scratch, Index first, Index b, Index index,
                    Index level) {
   const Index points = problem.points;
   const C *grad_x = scratch.grad_x, *grad_y = scratch.grad_y, *grad_weight = scratch.grad_weight;
@@ -698,7 +750,7 @@ void reduce_points(const GridProblem& problem, const BackwardScratch<C>& scratch
 }
 
 template <bool MASK, bool SCATTER, typename T, typename C>
-void backward_samples(const GridProblem& problem, const BackwardScratch<C>& scratch, const Upstream<T, C>& up,
+void backward_samples(const GridProblem& problem, const BackwardScratch<T, C>& scratch, const Upstream<T, C>& up,
                       Index samples) {
   for (const Sample<C>* sample = scratch.block.samples; sample != scratch.block.samples + samples; ++sample) {
     const Index point = sample->point;
@@ -729,7 +781,7 @@ void backward_samples(const GridProblem& problem, const BackwardScratch<C>& scra
 }
 
 template <typename T, typename C>
-void backward_block(const GridProblem& problem, const BackwardScratch<C>& scratch, const Upstream<T, C>& up, Index b,
+void backward_block(const GridProblem& problem, const BackwardScratch<T, C>& scratch, const Upstream<T, C>& up, Index b,
                     Index h, Index level, Index query, Index rows) {
   const Block<C>& block = scratch.block;
   const Index points = problem.points, heads = problem.heads, depth = problem.depth;
@@ -737,7 +789,7 @@ void backward_block(const GridProblem& problem, const BackwardScratch<C>& scratc
   for (Index r = 0; r < rows; ++r) {
     const Index row = row_of(r), first = r * points;
     place_points<C>(problem, b, row, level, level + 1, block.x + first, block.y + first);
-    fill_level_weights<C>(problem, scratch, row * problem.levels + level, first);
+    fill_level_weights(problem, scratch, row * problem.levels + level, first);
     convert_row<kLanes<C>>(static_cast<const T*>(problem.grad_output) + row * depth, depth, scratch.grads + r * depth);
     if (problem.grad_mask_output) {
       const T* from = static_cast<const T*>(problem.grad_mask_output) + (row / heads * points * heads + h) * depth;
@@ -768,14 +820,14 @@ void backward_block(const GridProblem& problem, const BackwardScratch<C>& scratc
                        : backward_samples<false, false>(problem, scratch, up, samples);
   }
   for (Index r = 0; r < rows; ++r) {
-    reduce_points<C>(problem, scratch, r * points, b, row_of(r) * problem.levels + level, level);
+    reduce_points(problem, scratch, r * points, b, row_of(r) * problem.levels + level, level);
   }
 }
 
 template <typename T, typename C>
 void backward(const GridProblem& problem, int64_t begin, int64_t end, void* memory) {
   Index used;
-  const BackwardScratch<C> scratch(problem, memory, used);
+  const BackwardScratch<T, C> scratch(problem, memory, used);
   const Index depth = problem.depth, heads = problem.heads;
   if (problem.mode == Mode::instance) {
     for (Index p = 0; p < problem.points; ++p) scratch.quadrants[p] = quadrant(problem, p);
@@ -791,7 +843,9 @@ void backward(const GridProblem& problem, int64_t begin, int64_t end, void* memo
     if (problem.grad_value) __builtin_memset(scratch.map, 0, cells * depth * sizeof(C));
     const T* values = static_cast<const T*>(problem.value) + b * problem.value_batch_stride +
                       start * problem.value_cell_stride + h * problem.value_head_stride;
-    const Upstream<T, C> up{values, problem.value_cell_stride, scratch.map, depth};
+    if (problem.packed) pack_values(problem, b, h, start, cells, scratch.packed);
+    const Upstream<T, C> up{problem.packed ? scratch.packed : values,
+                            problem.packed ? depth : problem.value_cell_stride, scratch.map, depth};
     for (Index query = 0; query < problem.queries; query += scratch.rows) {
       const Index left = problem.queries - query;
       backward_block<T, C>(problem, scratch, up, b, h, level, query, left < scratch.rows ? left : scratch.rows);
@@ -807,7 +861,7 @@ void backward(const GridProblem& problem, int64_t begin, int64_t end, void* memo
 template <typename C>
 void softmax(const GridProblem& problem, int64_t begin, int64_t end, void* memory) {
   Index used;
-  const BackwardScratch<C> scratch(problem, memory, used);
+  const BackwardScratch<C, C> scratch(problem, memory, used);
   const Index count = problem.levels * logits_per_level(problem);
   for (Index row = begin; row < end; ++row) {
     const C* logits = static_cast<const C*>(problem.logits) + row * count;
@@ -824,7 +878,7 @@ void softmax(const GridProblem& problem, int64_t begin, int64_t end, void* memor
 template <typename C>
 void softmax_backward(const GridProblem& problem, int64_t begin, int64_t end, void* memory) {
   Index used;
-  const BackwardScratch<C> scratch(problem, memory, used);
+  const BackwardScratch<C, C> scratch(problem, memory, used);
   const Index count = problem.levels * logits_per_level(problem);
   C* level_weights = scratch.softmax + padded<C>(count) + kLanes<C>;
   for (Index row = begin; row < end; ++row) {
@@ -845,7 +899,7 @@ void softmax_backward(const GridProblem& problem, int64_t begin, int64_t end, vo
 
 template <typename T, typename C>
 constexpr GridKernels make_kernels() {
-  return {forward_scratch<C>, forward<T, C>, backward_scratch<C>, softmax<C>, backward<T, C>, softmax_backward<C>};
+  return {forward_scratch<T, C>, forward<T, C>, backward_scratch<T, C>, softmax<C>, backward<T, C>, softmax_backward<C>};
 }
 
 }  // namespace
