@@ -248,7 +248,7 @@ def infer_boxer_config(
         Config for ``MODELS.build``, without data preprocessor.
 
     Raises:
-        ValueError: The state dict is not that of a whole model with a ResNet of 50, 101 or 152 layers.
+        ValueError: The state dict is not that of a whole model with a ResNet.
     """
     num_classes, embed_dims = _shape(state, 'bbox_head.cls_branch.weight')
     in_channels = [_shape(state, f'neck.convs.{i}.conv.weight')[1] for i in range(count_modules(state, 'neck.convs.'))]
@@ -261,16 +261,17 @@ def infer_boxer_config(
         'num_levels': num_levels,
         'feedforward_channels': _shape(state, 'encoder.layers.0.linear1.weight')[0],
     }
-    depths = {6: 50, 23: 101, 36: 152}
+    depths = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101, (36, True): 152}
     blocks = count_modules(state, 'backbone.layer3.')
-    if blocks not in depths:
-        raise ValueError(f'no ResNet-50, -101 or -152: layer3 has {blocks} blocks')
+    bottleneck = 'backbone.layer3.0.conv3.weight' in state
+    if (blocks, bottleneck) not in depths:
+        raise ValueError(f'no ResNet of mmdet: layer3 has {blocks} blocks (bottleneck: {bottleneck})')
     return {
         'type': 'boltz_mm.BoxeR',
         'num_queries': num_queries,
         'backbone': {
             'type': 'mmdet.ResNet',
-            'depth': depths[blocks],
+            'depth': depths[blocks, bottleneck],
             'stem_channels': _shape(state, 'backbone.conv1.weight')[0],
             'base_channels': _shape(state, 'backbone.layer1.0.conv1.weight')[0],
             'out_indices': tuple(range(4 - len(in_channels), 4)),

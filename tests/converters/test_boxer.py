@@ -138,6 +138,15 @@ def test_five_levels_keep_their_projections():
     assert our_key('input_proj.4.1.bias', 3) == 'neck.extra_convs.1.gn.bias'
 
 
+@pytest.mark.parametrize('depth', [18, 34, 101])
+def test_config_of_other_depths(official, depth):
+    config = infer_boxer_config(convert_boxer(official)[0])
+    config['backbone']['depth'] = depth
+    if depth < 50:
+        config['neck']['in_channels'] = [c // 4 for c in config['neck']['in_channels']]
+    assert infer_boxer_config(MODELS.build(config).state_dict()) == config
+
+
 def test_config_of_a_backbone_file_is_refused(official):
     backbone = {k: v for k, v in official.items() if k.startswith('backbone.')}
     with pytest.raises(ValueError, match=r"not of a whole BoxeR: 'bbox_head.cls_branch.weight' is missing"):

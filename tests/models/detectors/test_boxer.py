@@ -137,6 +137,9 @@ def test_bfloat16_autocast():
         losses = model.loss(images, samples)
     total(losses).backward()
     assert all(value.dtype == torch.float32 and value.isfinite() for value in losses.values())
+    # Autocast keeps casted weights: one cast without gradients, for the first stage, must not be used for the loss.
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(p.grad.any() for p in model.bbox_head.enc_reg_branch.parameters())
     model.eval()
     with torch.no_grad(), torch.autocast('cpu', dtype=torch.bfloat16):
         result = model.predict(images, samples)[0].pred_instances

@@ -222,7 +222,7 @@ def boxer_config(kwargs: dict) -> dict:
         'feedforward_channels': kwargs['dim_feedforward'],
     }
     indices = [int(name.removeprefix('layer')) - 1 for name in kwargs['return_interm_layers']]
-    base = kwargs['backbone_base_channels']
+    base, expansion = kwargs['backbone_base_channels'], 1 if kwargs['backbone_depth'] < 50 else 4
     decoder_layer = {**layer, 'with_mask': kwargs['use_mask'], 'residual_mode': kwargs['residual_mode']}
     return {
         'type': 'boltz_mm.BoxeR',
@@ -239,7 +239,7 @@ def boxer_config(kwargs: dict) -> dict:
         },
         'neck': {
             'type': 'boltz_mm.BoxeRNeck',
-            'in_channels': [base * 4 * 2**i for i in indices],
+            'in_channels': [base * expansion * 2**i for i in indices],
             'out_channels': kwargs['hidden_dim'],
             'num_outs': kwargs['nlevel'],
         },
