@@ -14,10 +14,11 @@ from boltz_mm.registry import DATASETS
 _UNUSED = frozenset({0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 
-def _metainfo() -> dict[str, tuple]:
+def _metainfo() -> dict[str, tuple | list]:
     names, colors = iter(CocoDataset.METAINFO['classes']), iter(CocoDataset.METAINFO['palette'])
     rows = [(f'unused {i}', (128, 128, 128)) if i in _UNUSED else (next(names), next(colors)) for i in range(91)]
-    return {'classes': tuple(name for name, _ in rows), 'palette': tuple(color for _, color in rows)}
+    # a list: mmdet takes a tuple for one colour of all classes
+    return {'classes': tuple(name for name, _ in rows), 'palette': [color for _, color in rows]}
 
 
 @DATASETS.register_module()

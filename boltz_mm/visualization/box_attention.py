@@ -24,6 +24,9 @@ from boltz_mm.models.detectors.boxer import BoxeR
 from boltz_mm.ops import box_attention_weights
 
 
+_LEAST_REGION = 40.0  # pixels; a smaller part of an image could not be recognised
+
+
 @dataclasses.dataclass(frozen=True)
 class Attended:
     """What the tokens or queries of one image look at in one layer.
@@ -237,7 +240,7 @@ def _add_box(axes: Axes, box: Tensor, width: int, height: int, **style: Any) -> 
 
 
 def _region(looked: Sequence[tuple[Attended, int]], width: int, height: int) -> tuple[float, float, float]:
-    """A square around the windows and boxes, not smaller than 0.4 of the image: left, top and side in pixels."""
+    """A square around the windows and boxes, half as large again: left, top and side in pixels."""
     boxes = torch.cat(
         [box.reshape(-1, 4) for attended, index in looked for box in (attended.windows[index], attended.boxes[index])]
     )
@@ -245,7 +248,7 @@ def _region(looked: Sequence[tuple[Attended, int]], width: int, height: int) -> 
     half = boxes[:, 2:].clamp(min=0) / 2
     low = ((boxes[:, :2] - half).amin(0).clamp(0, 1) * scale).tolist()
     high = ((boxes[:, :2] + half).amax(0).clamp(0, 1) * scale).tolist()
-    side = max(0.4 * max(width, height), 1.3 * max(high[0] - low[0], high[1] - low[1]))
+    side = max(_LEAST_REGION, 1.5 * max(high[0] - low[0], high[1] - low[1]))
     side = min(side, float(max(width, height)))
     left, top = (
         min(max((a + b - side) / 2, 0.0), max(0.0, extent - side))

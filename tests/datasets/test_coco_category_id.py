@@ -23,6 +23,7 @@ def _dataset(folder: Path, content: dict | None = None, **options) -> CocoCatego
 def test_metainfo_has_a_name_at_every_category_id():
     meta = CocoCategoryIdDataset.METAINFO
     assert len(meta['classes']) == len(meta['palette']) == 91
+    assert isinstance(meta['palette'], list), 'mmdet draws all classes in one colour from a tuple, and fails'
     assert [meta['classes'][i] for i in (1, 11, 13, 25, 27, 82, 84, 90)] == [
         'person', 'fire hydrant', 'stop sign', 'giraffe', 'backpack', 'refrigerator', 'book', 'toothbrush',
     ]  # fmt: skip

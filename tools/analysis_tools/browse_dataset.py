@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     dataset = DATASETS.build(cfg[f'{args.phase}_dataloader'].dataset)
     visualizer = VISUALIZERS.build({**cfg.visualizer, 'vis_backends': None, 'name': f'browse-{time.time_ns()}'})
     visualizer.dataset_meta = dataset.metainfo
+    if hasattr(visualizer, 'alpha'):
+        visualizer.alpha = min(visualizer.alpha, 0.5)  # masks that let the image through
     count = len(dataset) if args.num_images is None else min(args.num_images, len(dataset))
     used: set[str] = set()
     for index in tqdm(range(count), unit='image'):
