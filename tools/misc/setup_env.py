@@ -48,7 +48,14 @@ _REASONS = (
         'no package index could be reached; connect to the network, or point pip to a mirror, and run this again',
     ),
     (r'Killed|Cannot allocate memory|out of memory', 'memory ran out; set MAX_JOBS=1 and run this again'),
-    (r'No matching distribution found for (\S+)', 'the package index that pip is configured for does not have {0}'),
+    (
+        r'No matching distribution found for (\S+)',
+        'the package index that pip is configured for does not have {0}',
+    ),
+    (
+        r'Cannot install (\S+) .*because these package versions have conflicting',
+        'the package index that pip is configured for does not have {0} in the version of constraints.txt',
+    ),
 )
 
 
