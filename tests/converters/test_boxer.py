@@ -180,6 +180,14 @@ def test_command_line_there_and_back(tmp_path, official, suffix, run_tool):
     assert_same(torch.load(back, weights_only=True), official)
 
 
+def test_command_line_writes_safetensors_by_default(tmp_path, monkeypatch, run_tool):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run_tool(GOLDEN / 'boxer2d_det' / 'weights.pth')
+    assert status == 0
+    assert 'written to weights.safetensors' in out
+    assert 'bbox_head.cls_branch.weight' in load_file(tmp_path / 'weights.safetensors')
+
+
 def test_command_line_writes_nothing_if_keys_do_not_fit(tmp_path, official, run_tool):
     source, target = tmp_path / 'odd.pth', tmp_path / 'ours.safetensors'
     torch.save({**official, 'something.else': torch.ones(3)}, source)

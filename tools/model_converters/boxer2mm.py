@@ -9,6 +9,7 @@ does not fit is printed, and then nothing is written unless --force is given.
 
 import argparse
 import sys
+from pathlib import PurePosixPath
 
 import torch
 
@@ -22,7 +23,10 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', help='checkpoint to read (.ckpt, .pth, .safetensors, or an https address)')
-    parser.add_argument('target', help='file to write: .safetensors, or .pth for a file of torch.save')
+    parser.add_argument(
+        'target', nargs='?', help='file to write: safetensors, unless it ends in .pth, .pt or .ckpt (torch.save). '
+        'Default: the name of the source with .safetensors, in the current folder'
+    )  # fmt: skip
     parser.add_argument('--reverse', action='store_true', help='from our layout to the official one')
     parser.add_argument('--force', action='store_true', help='write although keys do not fit')
     return parser.parse_args()
@@ -54,6 +58,7 @@ def main() -> int:
         Exit status: 0 if everything found its place, otherwise 1.
     """
     args = parse_args()
+    target = args.target or f'{PurePosixPath(args.source).stem}.safetensors'
     if args.reverse:
         state, complete = export_boxer(state_dict_of(read_checkpoint(args.source), args.source)), True
         meta: dict = {}
@@ -61,12 +66,13 @@ def main() -> int:
     else:
         state, meta, complete = convert(args.source)
     if not (complete or args.force):
-        print(f'not every key fits: {args.target} was not written (--force writes it)', file=sys.stderr)
+        print(f'not every key fits: {target} was not written (--force writes it)', file=sys.stderr)
         return 1
-    if args.target.endswith('.safetensors'):
-        save_safetensors(state, args.target, meta)
+    if target.endswith(('.pth', '.pt', '.ckpt')):
+        atomic_save(state if args.reverse else {'meta': meta, 'state_dict': state}, target)
     else:
-        atomic_save(state if args.reverse else {'meta': meta, 'state_dict': state}, args.target)
+        save_safetensors(state, target, meta)
+    print(f'written to {target}')
     return 0 if complete else 1
 
 

@@ -70,18 +70,15 @@ class Targets(NamedTuple):
         labels: Int64 ``[n]``.
         corners: ``[n, 4]`` (x1, y1, x2, y2) in pixels.
         boxes: ``[n, 4]`` (cx, cy, w, h) in 0..1.
+        factor: ``[4]`` (w, h, w, h) of the image in pixels.
         img_meta: ``img_shape`` and whatever else mmdet knows of the image.
     """
 
     labels: Tensor
     corners: Tensor
     boxes: Tensor
+    factor: Tensor
     img_meta: dict
-
-    @property
-    def factor(self) -> Tensor:
-        """``[4]`` (w, h, w, h) of the image in pixels."""
-        return self.corners.new_tensor(_box_factor(self.img_meta['img_shape']))
 
 
 Matches = Sequence[tuple[Tensor, Tensor]]
@@ -353,8 +350,9 @@ class BoxeRHead(BaseModule):
         targets = []
         for gt, meta in zip(batch_gt_instances, batch_img_metas, strict=True):
             corners = get_box_tensor(gt.bboxes)
-            target = Targets(gt.labels, corners, bbox_xyxy_to_cxcywh(corners), meta)
-            targets.append(target._replace(boxes=target.boxes / target.factor))
+            height, width = _image_size(meta['img_shape'])
+            factor = corners.new_tensor([width, height, width, height])
+            targets.append(Targets(gt.labels, corners, bbox_xyxy_to_cxcywh(corners) / factor, factor, meta))
         labels = torch.cat([t.labels for t in targets])
         if labels.numel():
             low, high = torch.stack(labels.aminmax()).tolist()  # one device round trip for the batch
@@ -546,11 +544,6 @@ def _take_matched(values: Sequence[Tensor], matches: Matches) -> Tensor:
 def _image_size(shape: Sequence[int]) -> tuple[int, int]:
     """(h, w) of an image shape (h, w, ...)."""
     return int(shape[0]), int(shape[1])
-
-
-def _box_factor(shape: Sequence[int]) -> tuple[float, float, float, float]:
-    """(w, h, w, h) of an image shape (h, w, ...)."""
-    return float(shape[1]), float(shape[0]), float(shape[1]), float(shape[0])
 
 
 def _mask_tensor(masks: Tensor | BaseInstanceMasks, shape: Sequence[int]) -> Tensor:
