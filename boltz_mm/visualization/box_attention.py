@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from boltz_mm.models.detectors.boxer import BoxeR
 from boltz_mm.ops import box_attention_weights
 
-
 _LEAST_REGION = 40.0  # pixels; a smaller part of an image could not be recognised
 
 

@@ -160,3 +160,27 @@ def test_openmmlab_datasets_read_it(shapes_root: Path) -> None:
     for label, mask in zip(things, ours.masks.masks.astype(bool), strict=True):
         assert (semantic[mask] == label).all()
     np.testing.assert_array_equal(ours.masks.masks.any(axis=0), semantic < 4)
+
+
+def test_openmmlab_segmentation_and_classification_read_it(shapes_root: Path) -> None:
+    from mmpretrain.datasets import CustomDataset
+    from mmseg.datasets import BaseSegDataset
+
+    semantic = BaseSegDataset(
+        data_root=str(shapes_root), metainfo=semantic_metainfo(4), img_suffix='.png', seg_map_suffix='.png',
+        data_prefix={'img_path': 'train', 'seg_map_path': 'semantic/train'},
+        pipeline=[
+            {'type': 'LoadImageFromFile'},
+            {'type': 'mmseg.LoadAnnotations'},
+            {'type': 'mmseg.PackSegInputs'},
+        ],
+    )  # fmt: skip
+    assert len(semantic) == COUNTS['train']
+    labels = semantic[0]['data_samples'].gt_sem_seg.data[0].numpy()
+    plain = cv2.imread(str(shapes_root / 'semantic/train/000000000001.png'), cv2.IMREAD_UNCHANGED)
+    np.testing.assert_array_equal(labels, plain)
+
+    single = CustomDataset(data_root=str(shapes_root / 'classification/train'))
+    assert len(single) == COUNTS['train']
+    assert sorted(single.CLASSES) == sorted(THING_CLASSES[:4])
+    assert np.bincount(single.get_gt_labels()).tolist() == [6] * 4
