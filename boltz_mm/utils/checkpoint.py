@@ -342,8 +342,8 @@ def compare_state(model: nn.Module, state: Mapping[str, Any]) -> StateDiff:
         if key not in state:
             if not key.endswith('num_batches_tracked'):
                 diff.missing.append(key)
-        elif isinstance(value, Tensor) and tuple(state[key].shape) != tuple(value.shape):
-            diff.mismatched[key] = (tuple(state[key].shape), tuple(value.shape))
+        elif isinstance(value, Tensor) and getattr(state[key], 'shape', None) != value.shape:
+            diff.mismatched[key] = (tuple(getattr(state[key], 'shape', ())), tuple(value.shape))
         else:
             diff.matched += 1
     diff.unexpected = [key for key in state if key not in own]
