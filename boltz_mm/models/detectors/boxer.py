@@ -73,7 +73,7 @@ class BoxeR(DetectionTransformer):
         init_cfg: See mmengine's ``BaseModule``.
 
     Raises:
-        ValueError: Head and decoder disagree on masks.
+        ValueError: The head predicts masks and the decoder has no features for them.
     """
 
     def __init__(
