@@ -11,7 +11,8 @@ of mmcv's ``MultiScaleDeformableAttention`` and, with the grid of a box as point
 ``e2edet/module/ops/box_attention_func.py::BoxAttnFunction``).
 
 Deviations: no ``im2col_step`` and so no divisibility of the batch, ``level_start_index`` follows from the shapes,
-float16 and bfloat16 values with float32 coordinates and sums, deterministic on the CPU.
+float16 and bfloat16 values with float32 coordinates and sums, deterministic on the CPU (on CUDA all but the gradient of
+``value``, which is added up atomically).
 """
 
 from typing import Any
@@ -135,6 +136,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value_needed = ctx.needs_input_grad[0]
+    if value_needed:
+        _registration.alert_not_deterministic('deform_attention', grad_output)
     grad_value, grad_locations, grad_weights = torch.ops.boltz_mm.deform_attention_backward(
         grad_output, *ctx.saved_tensors, value_needed
     )
