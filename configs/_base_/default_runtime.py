@@ -6,10 +6,20 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1),
+    checkpoint=dict(type='boltz_mm.AtomicCheckpointHook', interval=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )
+
+custom_hooks = [
+    # Resuming continues the very run: random states, and the schedule of this config.
+    dict(type='boltz_mm.RNGStateHook'),
+    dict(type='boltz_mm.ScheduleRefreshHook'),
+    # Steps without finite gradients are left out; training ends if the loss stays so.
+    dict(type='boltz_mm.NonFiniteLossHook', patience=10),
+    # SIGTERM, as job schedulers send it, saves and ends.
+    dict(type='boltz_mm.SaveOnSignalHook'),
+]
 
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -26,7 +26,7 @@ model = dict(
 )
 
 optim_wrapper = dict(
-    type='OptimWrapper',
+    type='boltz_mm.FiniteOptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, eps=1e-9, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={'linear_box': dict(lr_mult=0.1)}),
     clip_grad=dict(max_norm=0.1, norm_type=2),

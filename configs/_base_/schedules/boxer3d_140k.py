@@ -2,7 +2,7 @@
 _base_ = '../default_runtime.py'
 
 optim_wrapper = dict(
-    type='OptimWrapper',
+    type='boltz_mm.FiniteOptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), eps=1e-9, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={'linear_box': dict(lr_mult=0.1)}),
     clip_grad=dict(max_norm=1.0, norm_type=2),

@@ -3,7 +3,7 @@
 _base_ = '../default_runtime.py'
 
 optim_wrapper = dict(
-    type='OptimWrapper',
+    type='boltz_mm.FiniteOptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-4, betas=(0.9, 0.999), eps=1e-9, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={'backbone': dict(lr_mult=0.1), 'linear_box': dict(lr_mult=0.1)}),
     clip_grad=dict(max_norm=0.1, norm_type=2),
@@ -19,7 +19,7 @@ param_scheduler = [
     dict(type='MultiStepLR', milestones=[210000, 250000], gamma=0.1, by_epoch=False, begin=0, end=270000),
 ]
 
-default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=10000, max_keep_ckpts=3))
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=10000, max_keep_ckpts=3))
 log_processor = dict(by_epoch=False)
 
 auto_scale_lr = dict(enable=False, base_batch_size=16)
