@@ -1,6 +1,7 @@
 # Names without prefix are mmdet's (so that its inferencer, tools and tutorials apply), ours begin with boltz_mm.
 default_scope = 'mmdet'
-custom_imports = dict(imports=['boltz_mm'], allow_failed_imports=False)
+# boltz_mm.engine makes mmengine read checkpoints without running what is in them (mmdet's inferencer reads them first).
+custom_imports = dict(imports=['boltz_mm', 'boltz_mm.engine'], allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
