@@ -59,8 +59,7 @@ def test_runner_trains_and_evaluates_boxes_and_masks(trained):
 def test_inferencer_of_mmdet(trained, config, shapes, tmp_path):
     from mmdet.apis import DetInferencer
 
-    weights = tmp_path / 'weights.pth'
-    torch.save({'state_dict': trained.model.state_dict(), 'meta': {'dataset_meta': config.metainfo}}, weights)
+    weights = Path(config.work_dir) / 'epoch_1.pth'
     inferencer = DetInferencer(model=config.copy(), weights=str(weights), device='cpu', show_progress=False)
     image = sorted((shapes / 'val').glob('*.png'))[0]
     answer = inferencer(str(image), out_dir=str(tmp_path / 'out'), no_save_pred=False)
