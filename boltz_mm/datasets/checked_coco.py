@@ -14,6 +14,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmengine.fileio import get_local_path
@@ -249,33 +250,26 @@ class CheckedCocoDataset(CocoDataset):
     def parse_data_info(self, raw_data_info: dict) -> dict:
         """One image with its objects; see the class for what an object is."""
         info = super().parse_data_info({'raw_img_info': raw_data_info['raw_img_info'], 'raw_ann_info': []})
-        instances = map(self._instance, raw_data_info['raw_ann_info'])
-        info['instances'] = [instance for instance in instances if self._is_object(instance, info)]
+        annotations = [annotation for annotation in raw_data_info['raw_ann_info'] if self._is_wanted(annotation)]
+        boxes = _clipped_corners([annotation['bbox'] for annotation in annotations], info['height'], info['width'])
+        for annotation, (x1, y1, x2, y2) in zip(annotations, boxes, strict=True):
+            if x2 > x1 and y2 > y1:
+                info['instances'].append(
+                    {
+                        'ignore_flag': 0,
+                        'bbox': [x1, y1, x2, y2],
+                        'bbox_label': self.cat2label[annotation['category_id']],
+                        # With masks on, LoadAnnotations wants the key, and ignores an instance whose list is empty.
+                        'mask': annotation.get('segmentation') or [],
+                        'ann_id': annotation['id'],
+                        'area': annotation['area'],
+                    }
+                )
         return info
 
-    def _instance(self, annotation: dict) -> dict:
-        x, y, width, height = annotation['bbox']
-        instance = {
-            'ignore_flag': 0,
-            'bbox': [x, y, x + width, y + height],
-            'bbox_label': self.cat2label.get(annotation['category_id']),
-            'ann_id': annotation['id'],
-            'area': annotation['area'],
-            'crowd': bool(annotation['iscrowd'] or annotation.get('ignore')),
-        }
-        # With masks on, LoadAnnotations wants the key in every instance; an empty list makes it ignore the instance.
-        instance['mask'] = annotation.get('segmentation') or []
-        return instance
-
-    @staticmethod
-    def _is_object(instance: dict, info: dict) -> bool:
-        """Clip the box to the image; whether anything is left, of a class, and not a crowd."""
-        width, height = info['width'], info['height']
-        x1, y1, x2, y2 = instance['bbox']
-        x1, x2 = (min(max(x, 0), width) for x in (x1, x2))
-        y1, y2 = (min(max(y, 0), height) for y in (y1, y2))
-        instance['bbox'] = [x1, y1, x2, y2]
-        return x2 > x1 and y2 > y1 and instance['bbox_label'] is not None and not instance.pop('crowd')
+    def _is_wanted(self, annotation: dict) -> bool:
+        crowd = annotation['iscrowd'] or annotation.get('ignore')
+        return not crowd and annotation['category_id'] in self.cat2label
 
     def prepare_data(self, idx: int) -> Any:
         """The sample after the pipeline.
@@ -301,6 +295,14 @@ class CheckedCocoDataset(CocoDataset):
             listed = f'{info["width"]} x {info["height"]}'
             raise DatasetError(f'{where}: the image is {shape[1]} x {shape[0]} (width x height), listed as {listed}')
         return sample
+
+
+def _clipped_corners(boxes: list[list[float]], height: int, width: int) -> list[list[float]]:
+    """Boxes (x, y, w, h) as corners inside the image, computed in float32 as the official code does."""
+    with np.errstate(over='ignore', invalid='ignore'):
+        corners = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+    return np.clip(corners, 0, np.array([width, height, width, height], dtype=np.float32)).tolist()
 
 
 def _loaded_shape(sample: Any) -> tuple[int, int] | None:

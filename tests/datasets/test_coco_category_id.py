@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from mmdet.datasets import CocoDataset
 
@@ -43,6 +44,14 @@ def test_crowds_and_boxes_without_area_are_dropped_and_boxes_clipped(tmp_path):
     dataset = _dataset(tmp_path)
     assert [i['ann_id'] for i in dataset.get_data_info(1)['instances']] == [103]
     assert dataset.get_data_info(3)['instances'][0]['bbox'] == [0, 0, 5, 5]
+
+
+def test_corners_are_added_in_float32(tmp_path):
+    content = coco_content(NAMES, (1, 2, 5))
+    x, width = 16.88, 7.06  # the sum in float64, rounded, is another float32
+    content['annotations'][0]['bbox'] = [x, 6, width, 12]
+    x2 = _dataset(tmp_path, content).get_data_info(0)['instances'][0]['bbox'][2]
+    assert x2 == float(np.float32(x) + np.float32(width)) != float(np.float32(x + width))
 
 
 def test_images_without_objects_stay(tmp_path):
