@@ -125,10 +125,10 @@ class BuildOperators(cpp_extension.BuildExtension if cpp_extension else build_ex
             except Exception as error:  # no compiler, or one that fails in whatever way
                 if extension.name.endswith('_cuda') and os.environ.get('BOLTZ_MM_CUDA') == '1':
                     raise
-                message = str(error).strip().splitlines()
+                lines = str(error).strip().splitlines() or [type(error).__name__]
                 print(
-                    f'WARNING: {extension.name} could not be built ({message[0] if message else type(error).__name__}); '
-                    'boltz_mm is installed without it and runs on the PyTorch reference',
+                    f'WARNING: {extension.name} could not be built ({lines[0]}); boltz_mm is installed without it and '
+                    'runs on the PyTorch reference',
                     file=sys.stderr,
                 )
             else:

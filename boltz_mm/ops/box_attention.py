@@ -99,7 +99,7 @@ def box_attention(
     valid_ratios, angles = _cast(valid_ratios, dtype), _cast(angles, dtype)
     if use_native(value.device):
         return torch.ops.boltz_mm.box_attention(value, shapes, boxes, logits, points, valid_ratios, angles)
-    locations = box_sampling_locations(boxes, points, valid_ratios=valid_ratios, angles=angles)
+    locations = _finite_locations(boxes, points, valid_ratios, angles)
     return reference_deform_attention(value, shapes, locations, box_attention_weights(logits))
 
 
@@ -138,7 +138,12 @@ def instance_attention(
     if size * size != points.shape[0] or size % 2 or size == 0:
         raise ValueError(f'instance attention needs an m x m grid with m even, got {points.shape[0]} points')
     dtype = compute_dtype(value)
-    boxes, logits, points, valid_ratios = boxes.to(dtype), logits.to(dtype), points.to(dtype), _cast(valid_ratios, dtype)
+    boxes, logits, points, valid_ratios = (
+        boxes.to(dtype),
+        logits.to(dtype),
+        points.to(dtype),
+        _cast(valid_ratios, dtype),
+    )
     if use_native(value.device):
         output, masks = torch.ops.boltz_mm.instance_attention(
             value, shapes, boxes, logits, points, valid_ratios, mask_output
@@ -194,13 +199,22 @@ def instance_attention_weights(logits: Tensor, size: int) -> tuple[Tensor, Tenso
     return spatial, level
 
 
+def _finite_locations(boxes: Tensor, points: Tensor, valid_ratios: Tensor | None, angles: Tensor | None) -> Tensor:
+    """Sampling locations; a box that is not finite is moved outside, so that its gradients are 0 and not NaN."""
+    boxes = torch.cat([boxes[..., :2], boxes[..., 2:].relu()], dim=-1)
+    good = boxes.isfinite().all(-1)
+    if angles is not None:
+        good = good & angles.isfinite()
+        angles = torch.where(good, angles, 0)
+    boxes = torch.where(good[..., None], boxes, boxes.new_tensor([-100, -100, 0, 0]))
+    return box_sampling_locations(boxes, points, valid_ratios=valid_ratios, angles=angles)
+
+
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
 
-def _check(
-    value: Tensor, spatial_shapes: Shapes, boxes: Tensor, points: Tensor, valid_ratios: Tensor | None
-) -> Tensor:
+def _check(value: Tensor, spatial_shapes: Shapes, boxes: Tensor, points: Tensor, valid_ratios: Tensor | None) -> Tensor:
     check_value(value)
     shapes = as_shapes_tensor(spatial_shapes, value)
     check_float('boxes', boxes, value.device)
@@ -227,7 +241,7 @@ def _reference_instance_attention(
     mask_output: bool,
 ) -> tuple[Tensor, Tensor] | Tensor:
     size = math.isqrt(points.shape[0])
-    locations = box_sampling_locations(boxes, points, valid_ratios=valid_ratios)
+    locations = _finite_locations(boxes, points, valid_ratios, None)
     spatial, level = (weights.flatten(-2) for weights in instance_attention_weights(logits, size))
     if not mask_output:
         return reference_deform_attention(value, shapes, locations, spatial)
@@ -239,7 +253,9 @@ def _reference_instance_attention(
         with torch.autocast(value.device.type, enabled=False):
             for index, samples in enumerate(sample_levels(value, shapes, locations)):
                 if samples is not None:
-                    at_level = (w[:, :, :, index].transpose(1, 2).reshape(-1, 1, queries, count) for w in (spatial, level))
+                    at_level = (
+                        w[:, :, :, index].transpose(1, 2).reshape(-1, 1, queries, count) for w in (spatial, level)
+                    )
                     for_output, for_masks = at_level
                     output = output + (samples * for_output).sum(-1)
                     masks = masks + samples * for_masks
@@ -286,6 +302,8 @@ def _setup_box(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_box(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     value_needed, has_angles = ctx.needs_input_grad[0], saved[6] is not None
+    if value_needed:
+        _registration.alert_not_deterministic('box_attention', grad_output)
     grad_value, grad_boxes, grad_logits, grad_angles = torch.ops.boltz_mm.box_attention_backward(
         grad_output, *saved, value_needed
     )
@@ -335,6 +353,8 @@ def _backward_instance(
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     value, _, boxes, *_ = saved
     value_needed = ctx.needs_input_grad[0]
+    if value_needed:
+        _registration.alert_not_deterministic('instance_attention', value)
     if grad_output is None:
         grad_output = value.new_zeros(value.shape[0], boxes.shape[1], value.shape[2] * value.shape[3])
     grad_value, grad_boxes, grad_logits = torch.ops.boltz_mm.instance_attention_backward(

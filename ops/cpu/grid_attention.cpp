@@ -145,7 +145,6 @@ class Call {
     // The softmax passes need a small part of the scratch memory: without the map of a level.
     GridProblem rows_only = problem;
     rows_only.grad_value = nullptr;
-    rows_only.grad_mask_output = nullptr;
     rows_only.packed = false;
     const int64_t row_scratch = kernels_.backward_scratch(rows_only);
     const bool has_softmax = problem.mode != Mode::points && problem.levels * problem.points > 0;
@@ -315,6 +314,7 @@ std::tuple<Tensor, Tensor> instance_attention(Tensor value, Tensor spatial_shape
   Tensor masks = call.like_value(
       mask_output ? std::vector<int64_t>{problem.batch, problem.queries, size, size, channels}
                   : std::vector<int64_t>{0});
+  problem.with_mask = mask_output;
   problem.output = output.mutable_data_ptr();
   problem.mask_output = mask_output ? masks.mutable_data_ptr() : nullptr;
   call.forward();
@@ -329,7 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> instance_attention_backward(
   const int64_t elements = call.rows() * problem.depth;
   problem.grad_output = call.upstream("grad_output", grad_output, elements);
   Tensor level_weights;
-  if (grad_mask_output.has_value()) {
+  problem.with_mask = grad_mask_output.has_value();
+  if (problem.with_mask) {
     problem.grad_mask_output = call.upstream("grad_mask_output", *grad_mask_output, elements * problem.points);
     level_weights = call.like(logits);
     problem.level_weights = level_weights.mutable_data_ptr();

@@ -21,6 +21,7 @@ enum class Mode : int {
 // is the dtype of value, all other floating-point tensors are double (float64 values) or float.
 struct GridProblem {
   Mode mode;
+  bool with_mask;            // the feature map of the grid is computed, or has a gradient
   int64_t batch, heads, depth, levels, queries;
   int64_t points;            // of one level
   int64_t grid_size;         // instance: points along one side of the grid
@@ -39,16 +40,16 @@ struct GridProblem {
   const void* locations;     // [B, Q, H, L, P, 2]
   const void* weights;       // [B, Q, H, L, P]
   void* output;              // [B, Q, H, D], value type
-  void* mask_output;         // [B, Q, P, H, D], value type, or null
+  void* mask_output;         // [B, Q, P, H, D], value type
   const void* grad_output;   // [B, Q, H, D], value type
-  const void* grad_mask_output;  // [B, Q, P, H, D], value type, or null
+  const void* grad_mask_output;  // [B, Q, P, H, D], value type
   void* grad_value;          // [B, S, H, D], value type, or null
   void* grad_boxes;
   void* grad_logits;         // holds the softmax before and the products weight * gradient after the main pass
   void* grad_angles;         // or null
   void* grad_locations;
   void* grad_weights;
-  void* level_weights;       // [B, Q, H, L, 4], as grad_logits, for the softmax over levels of Mode::instance, or null
+  void* level_weights;       // [B, Q, H, L, 4], as grad_logits, for the softmax over levels, with_mask
 };
 
 // Each function works on the tasks [begin, end) with scratch memory of its own.

@@ -415,7 +415,7 @@ struct ForwardScratch {
   ForwardScratch(const GridProblem& problem, void* memory, Index& used) {
     const Index count = problem.levels * problem.points;
     const Index fitting = kForwardPoints / (count ? count : 1);
-    rows = problem.mask_output || fitting < 1 ? 1 : fitting;
+    rows = problem.with_mask || fitting < 1 ? 1 : fitting;
     Carver carver{static_cast<char*>(memory)};
     block.carve(carver, rows * count);
     const Index logits = problem.levels * (problem.points > 4 ? problem.points : 4);
@@ -474,7 +474,7 @@ void forward_block(const GridProblem& problem, const ForwardScratch<T, C>& scrat
     fill_weights<C>(problem, row, scratch.quadrants, scratch.softmax, block.weight + point);
   }
   find_cells(block, rows.count * count);
-  if (problem.mask_output) {
+  if (problem.with_mask) {
     forward_with_mask<T, C>(problem, scratch, rows);
     return;
   }
@@ -621,7 +621,7 @@ struct BackwardScratch {
     map = carver.take<C>(problem.grad_value ? most_cells * problem.depth : 0);
     packed = carver.take<T>(problem.packed ? most_cells * problem.depth : 0);
     grads = carver.take<C>(rows * problem.depth);
-    mask_grads = carver.take<C>(problem.grad_mask_output ? count * problem.depth : 0);
+    mask_grads = carver.take<C>(problem.with_mask ? count * problem.depth : 0);
     C** const arrays[] = {&grad_x, &grad_y, &grad_weight, &grad_level_weight, &level_weight};
     for (C** array : arrays) *array = carver.take<C>(count);
     const Index logits = problem.levels * logits_per_level(problem);
@@ -704,7 +704,7 @@ void fill_level_weights(const GridProblem& problem, const BackwardScratch<T, C>&
     const C share = points_in_quadrant<C>(problem);
     for (Index p = 0; p < points; ++p) {
       weight[p] = spatial[scratch.quadrants[p]] / share;
-      if (problem.grad_mask_output) scratch.level_weight[first + p] = level[scratch.quadrants[p]];
+      if (problem.with_mask) scratch.level_weight[first + p] = level[scratch.quadrants[p]];
     }
     return;
   }
@@ -739,13 +739,13 @@ void reduce_points(const GridProblem& problem, const BackwardScratch<T, C>& scra
   C sums[4] = {}, level_sums[4] = {};
   for (Index p = 0; p < points; ++p) {
     sums[scratch.quadrants[p]] += grad_weight[first + p];
-    if (problem.grad_mask_output) level_sums[scratch.quadrants[p]] += scratch.grad_level_weight[first + p];
+    if (problem.with_mask) level_sums[scratch.quadrants[p]] += scratch.grad_level_weight[first + p];
   }
   C* product = static_cast<C*>(problem.grad_logits) + index * 4;
   C* level_product = static_cast<C*>(problem.level_weights) + index * 4;
   for (Index i = 0; i < 4; ++i) {
     product[i] *= sums[i] / points_in_quadrant<C>(problem);
-    if (problem.grad_mask_output) level_product[i] *= level_sums[i];
+    if (problem.with_mask) level_product[i] *= level_sums[i];
   }
 }
 
@@ -791,7 +791,7 @@ void backward_block(const GridProblem& problem, const BackwardScratch<T, C>& scr
     place_points<C>(problem, b, row, level, level + 1, block.x + first, block.y + first);
     fill_level_weights(problem, scratch, row * problem.levels + level, first);
     convert_row<kLanes<C>>(static_cast<const T*>(problem.grad_output) + row * depth, depth, scratch.grads + r * depth);
-    if (problem.grad_mask_output) {
+    if (problem.with_mask) {
       const T* from = static_cast<const T*>(problem.grad_mask_output) + (row / heads * points * heads + h) * depth;
       for (Index p = 0; p < points; ++p) {
         convert_row<kLanes<C>>(from + p * heads * depth, depth, scratch.mask_grads + (first + p) * depth);
@@ -812,7 +812,7 @@ void backward_block(const GridProblem& problem, const BackwardScratch<T, C>& scr
       if (problem.grad_value) prefetch_corners<C>(up.map, block.samples[before], depth, depth);
     }
   }
-  if (problem.grad_mask_output) {
+  if (problem.with_mask) {
     problem.grad_value ? backward_samples<true, true>(problem, scratch, up, samples)
                        : backward_samples<true, false>(problem, scratch, up, samples);
   } else {
@@ -868,7 +868,7 @@ void softmax(const GridProblem& problem, int64_t begin, int64_t end, void* memor
     C* weights = static_cast<C*>(problem.grad_logits) + row * count;
     softmax_row(logits, count, scratch.softmax);
     for (Index i = 0; i < count; ++i) weights[i] = scratch.softmax[i];
-    if (problem.level_weights) {
+    if (problem.with_mask) {
       softmax_levels(logits, problem.levels, static_cast<C*>(problem.level_weights) + row * count);
     }
   }
@@ -888,7 +888,7 @@ void softmax_backward(const GridProblem& problem, int64_t begin, int64_t end, vo
     C sum = 0;
     for (Index i = 0; i < count; ++i) sum += grad[i];
     for (Index i = 0; i < count; ++i) grad[i] -= scratch.softmax[i] * sum;
-    if (!problem.level_weights) continue;
+    if (!problem.with_mask) continue;
     const C* products = static_cast<const C*>(problem.level_weights) + row * count;
     softmax_levels(logits, problem.levels, level_weights);
     C sums[4] = {};
