@@ -109,8 +109,8 @@ def enable_amp(cfg: Config) -> None:
         mixed = f'{name.removesuffix("OptimWrapper")}AmpOptimWrapper'
     else:
         stop(f'--amp has no mixed-precision form of the optimizer wrapper {kind}')
-    if mixed == 'AmpOptimWrapper' and get_device() == 'cpu':
-        stop("--amp needs an accelerator: mmengine's AmpOptimWrapper does not run on the CPU")
+    if get_device() == 'cpu':
+        stop("--amp needs an accelerator: mmengine's mixed precision does not run on the CPU")
     cfg.optim_wrapper.type = f'{scope}.{mixed}' if scope else mixed
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from mmengine.config import Config
 
+from boltz_mm.registry import OPTIM_WRAPPERS
 from boltz_mm.utils import launch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,21 +58,18 @@ def test_dumped_config_is_not_found_by_mim_inside_the_checkout(config: str) -> N
 @pytest.mark.parametrize(
     ('before', 'after'),
     [
-        ('boltz_mm.CarefulOptimWrapper', 'boltz_mm.CarefulAmpOptimWrapper'),
-        ('boltz_mm.CarefulAmpOptimWrapper', 'boltz_mm.CarefulAmpOptimWrapper'),
+        ('OptimWrapper', 'AmpOptimWrapper'),
+        ('AmpOptimWrapper', 'AmpOptimWrapper'),
+        ('boltz_mm.FiniteOptimWrapper', 'boltz_mm.FiniteAmpOptimWrapper'),
+        ('boltz_mm.FiniteAmpOptimWrapper', 'boltz_mm.FiniteAmpOptimWrapper'),
     ],
 )
-def test_amp_keeps_a_wrapper_of_its_own(before: str, after: str) -> None:
+def test_amp_takes_the_mixed_form_of_a_wrapper(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
     cfg = Config(dict(optim_wrapper=dict(type=before)))
     launch.enable_amp(cfg)
     assert cfg.optim_wrapper == dict(type=after, loss_scale='dynamic')
-
-
-def test_amp_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, 'get_device', lambda: 'cuda')
-    cfg = Config(dict(optim_wrapper=dict(type='OptimWrapper')))
-    launch.enable_amp(cfg)
-    assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    assert OPTIM_WRAPPERS.get(after) is not None
 
 
 @pytest.mark.parametrize(
