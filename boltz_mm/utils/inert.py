@@ -15,7 +15,7 @@ import numpy as np
 Globals = list[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
 HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
-MMENGINE: tuple[str, ...] = (HISTORY_BUFFER,)
+MMENGINE: tuple[str, ...] = (HISTORY_BUFFER, 'mmengine.optim.scheduler.param_scheduler.OneCycleParamScheduler')
 """What a training checkpoint of mmengine names beyond tensors, containers and numpy."""
 
 
@@ -111,11 +111,13 @@ def _no_bytes() -> bytes:
     return b''
 
 
-def _method_of_record(owner: Any, name: Any) -> str:
-    """Stands for ``getattr``: mmengine's HistoryBuffer pickles references to its own methods, and nothing else may."""
+def _method_of_record(owner: Any, name: Any) -> InertRecord:
+    """Stands for ``getattr``: some classes of mmengine pickle references to their own methods, and nothing else may."""
     if not (isinstance(owner, type) and issubclass(owner, InertRecord)):
         raise UnpicklingError('getattr on anything but a recorded class')
-    return f'{owner.source}.{name}'
+    record = InertRecord()
+    record.source = f'{owner.source}.{name}'
+    return record
 
 
 def stand_ins(allow: Iterable[str]) -> Globals:

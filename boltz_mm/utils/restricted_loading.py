@@ -42,10 +42,22 @@ def read_mmengine_checkpoint(path: str | os.PathLike, map_location: Any = 'cpu')
     meta = content.get('meta')
     if isinstance(meta, dict):
         meta.pop('config', None)
+    _drop_methods(content.get('param_schedulers'))
     return content
 
 
+def _drop_methods(schedulers: Any) -> None:
+    """A scheduler pickles the functions it calls; the one that is resumed has its own."""
+    if isinstance(schedulers, dict) and 'last_step' not in schedulers:
+        schedulers = [state for group in schedulers.values() for state in group]
+    for state in schedulers if isinstance(schedulers, list) else ():
+        for key in [key for key, value in state.items() if isinstance(value, inert.InertRecord)]:
+            del state[key]
+
+
 def _history(record: inert.InertRecord) -> Any:
+    if record.source != inert.HISTORY_BUFFER:
+        return record
     from mmengine.logging import HistoryBuffer
 
     state = record.state if isinstance(record.state, dict) else {}

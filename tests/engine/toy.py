@@ -126,7 +126,7 @@ def run(work_dir, *, resume=False, disturb=True, name='', **kwargs) -> Runner:
     cfg.experiment_name += f'_{name}_{random.random()}'
     runner = Runner.from_cfg(cfg)
     runner.train()
-    # Left to the garbage collector, live workers cost five seconds each: their queues are finalised before they are told.
+    # Left to the garbage collector, live workers cost five seconds each: it finalises their queues first.
     runner.train_dataloader._iterator = None
     if hasattr(runner.train_loop, 'dataloader_iterator'):
         runner.train_loop.dataloader_iterator = None
