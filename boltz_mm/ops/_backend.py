@@ -43,7 +43,7 @@ def _load(name: str, device: str) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:  # built for another system or torch: the reference still works
-        _load_errors[device] = str(error).replace(str(path.parent), 'boltz_mm')
+        _load_errors[device] = str(error.__cause__ or error).replace(str(path.parent), 'boltz_mm')
     else:
         _loaded_devices.add(device)
 

@@ -207,7 +207,7 @@ def _finite_locations(boxes: Tensor, points: Tensor, valid_ratios: Tensor | None
         good = good & angles.isfinite()
         angles = torch.where(good, angles, 0)
     boxes = torch.where(good[..., None], boxes, boxes.new_tensor([-100, -100, 0, 0]))
-    return box_sampling_locations(boxes, points, valid_ratios=valid_ratios, angles=angles)
+    return box_sampling_locations(boxes, points.detach(), valid_ratios=valid_ratios, angles=angles)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
