@@ -195,7 +195,6 @@ struct BoxGradient {
     to[1] = y;
     to[2] = frame.width > 0 ? width : C(0);
     to[3] = frame.height > 0 ? height : C(0);
-    if (problem.grad_angles) static_cast<C*>(problem.grad_angles)[index] = angle;
   }
 };
 
@@ -252,7 +251,9 @@ BOLTZ_MM_DEVICE void attend_backward(Team& team, const GridProblem& problem, con
     }
     if constexpr (MODE == Mode::box) {
       box.sum(team, 1, problem.grad_angles != nullptr, scratch);
-      if (team.rank == 0) box.write(problem, frame, row.index * problem.levels + level);
+      const Index index = row.index * problem.levels + level;
+      if (team.rank == 0) box.write(problem, frame, index);
+      if (team.rank == 0 && problem.grad_angles) static_cast<C*>(problem.grad_angles)[index] = box.angle;
     }
   }
   if constexpr (MODE == Mode::box) {
@@ -289,15 +290,10 @@ BOLTZ_MM_DEVICE void instance_backward(Team& team, const GridProblem& problem, c
     const Index level = tile + team.lane;
     const bool exists = level < problem.levels;
     Frame<C> frame = {};
-    C weights[4] = {}, level_weights[4] = {}, sums[4] = {}, level_sums[4] = {};
+    C sums[4] = {}, level_sums[4] = {};
     if (exists) {
       levels.seek(level);
       frame = read_frame<C>(problem, row, levels.level);
-      BOLTZ_MM_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        weights[i] = spatial.weight(logits[level * 4 + i]);
-        if constexpr (MASK) level_weights[i] = over_levels[i].weight(logits[level * 4 + i]);
-      }
     }
     BoxGradient<C> box;
     for (Index point = team.slice; point < problem.points; point += team.slices) {
@@ -308,8 +304,9 @@ BOLTZ_MM_DEVICE void instance_backward(Team& team, const GridProblem& problem, c
       BackwardSample<C> sample;
       if (inside) {
         sample = backward_sample(levels.level, at, team.lane);
-        sample.weight = pick(weights, quadrant) / share;
-        sample.level_weight = pick(level_weights, quadrant);
+        const C logit = logits[level * 4 + quadrant];
+        sample.weight = spatial.weight(logit) / share;
+        if constexpr (MASK) sample.level_weight = pick(over_levels, quadrant).weight(logit);
       }
       const PointGradient<C> gradient = backward_tile<V, MASK>(team, up, inside, sample, samples);
       if (!inside) continue;
@@ -331,10 +328,14 @@ BOLTZ_MM_DEVICE void instance_backward(Team& team, const GridProblem& problem, c
       box.write(problem, frame, row.index * problem.levels + level);
       BOLTZ_MM_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const C product = weights[i] * (sums[i] / share), level_product = level_weights[i] * level_sums[i];
-        grad_logits[level * 4 + i] = product + level_product;  // the softmax is undone below
+        const C logit = logits[level * 4 + i], product = spatial.weight(logit) * (sums[i] / share);
+        grad_logits[level * 4 + i] = product;  // the softmax is undone below
         total += product;
-        level_totals[i] += level_product;
+        if constexpr (MASK) {
+          const C level_product = over_levels[i].weight(logit) * level_sums[i];
+          grad_logits[level * 4 + i] += level_product;
+          level_totals[i] += level_product;
+        }
       }
     }
   }
@@ -361,7 +362,8 @@ struct Backward {
   using Value = T;
   using Compute = C;
   using Sample = BackwardSample<C>;
-  static constexpr int kBlocksAtOnce = sizeof(C) == 4 ? 2 : 1;  // the registers of a multiprocessor are shared by these
+  // The registers of a multiprocessor are shared by these.
+  static constexpr int kBlocksAtOnce = sizeof(C) == 8 || (MASK && V == 8) ? 1 : 2;
 
   template <typename Team>
   static BOLTZ_MM_DEVICE void run(Team& team, const GridProblem& problem, const Row& row, Sample* samples,

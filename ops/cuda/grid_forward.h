@@ -192,7 +192,8 @@ struct Forward {
   using Value = T;
   using Compute = C;
   using Sample = ForwardSample<C>;
-  static constexpr int kBlocksAtOnce = sizeof(C) == 4 ? 3 : 2;  // the registers of a multiprocessor are shared by these
+  // The registers of a multiprocessor are shared by these.
+  static constexpr int kBlocksAtOnce = sizeof(C) == 8 ? (MASK ? 1 : 2) : (MASK || V == 8 ? 2 : 3);
 
   template <typename Team>
   static BOLTZ_MM_DEVICE void run(Team& team, const GridProblem& problem, const Row& row, Sample* samples,
