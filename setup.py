@@ -87,13 +87,15 @@ def cpp_library(name: str, files: list[str], **extra: object) -> Extension:
 def cuda_library() -> Extension:
     """The CUDA library; its ``.cu`` objects are added by ``BuildOperators``, which compiles them with nvcc alone."""
     home = find_nvcc().resolve().parent.parent
+    # Named, because linkers drop libtorch, through which it would be found; a torch for the CPU has none.
+    has_cuda = any((Path(folder) / 'libtorch_cuda.so').exists() for folder in cpp_extension.library_paths())
     return cpp_library(
         'boltz_mm._C_cuda',
         sources('ops/cuda/*.cpp'),
         include_dirs=[str(home / 'include')],
         flags=['-DUSE_CUDA'],
         library_dirs=[str(folder) for folder in (home / 'lib64', home / 'lib') if folder.exists()],
-        libraries=['cudart_static', 'dl', 'rt', 'pthread'],
+        libraries=[*(['torch_cuda'] if has_cuda else []), 'cudart_static', 'dl', 'rt', 'pthread'],
     )
 
 
