@@ -258,7 +258,8 @@ def save_safetensors(
         pointer = value.untyped_storage().data_ptr()
         owned[name] = value.clone() if pointer in seen or value.untyped_storage().nbytes() != value.nbytes else value
         seen.add(pointer)
-    files.atomic_write_bytes(path, save(owned, {'format': 'pt', 'meta': json.dumps(dict(meta or {}))}))
+    # One metadata key only: safetensors writes several in any order, and equal content would give unequal files.
+    files.atomic_write_bytes(path, save(owned, {'meta': json.dumps(dict(meta or {}))}))
 
 
 def atomic_save(content: Any, path: str | os.PathLike) -> None:
