@@ -5,14 +5,14 @@ For query q, head h and channel c::
     out[q, h, c] = sum over l, p of  weights[q, h, l, p] * V_l(x, y)[h, c]
     x = locations[q, h, l, p, 0] * W_l - 0.5,  y = locations[q, h, l, p, 1] * H_l - 0.5
 
-``V_l`` is the bilinear interpolation of level l with zeros outside, and a point contributes only if ``-1 < x < W_l`` and
-``-1 < y < H_l`` (so a NaN contributes nothing).  This is the operator of Deformable DETR (arXiv 2010.04159, section 4.1),
-of mmcv's ``MultiScaleDeformableAttention`` and, with the grid of a box as points, of BoxeR (arXiv 2111.13087,
+``V_l`` is the bilinear interpolation of level l with zeros outside, and a point contributes only if ``-1 < x < W_l``
+and ``-1 < y < H_l`` (so a NaN contributes nothing).  This is the operator of Deformable DETR (arXiv 2010.04159, section
+4.1), of mmcv's ``MultiScaleDeformableAttention`` and, with the grid of a box as points, of BoxeR (arXiv 2111.13087,
 ``e2edet/module/ops/box_attention_func.py::BoxAttnFunction``).
 
 Deviations: no ``im2col_step`` and so no divisibility of the batch, ``level_start_index`` follows from the shapes,
-float16 and bfloat16 values with float32 coordinates and sums, deterministic on the CPU (on CUDA all but the gradient of
-``value``, which is added up atomically).
+float16 and bfloat16 values with float32 coordinates and sums, deterministic (on CUDA the gradient of ``value`` only
+where ``torch.use_deterministic_algorithms`` asks for it, and then slower).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boltz_mm.ops import _registration
+from boltz_mm.ops import _deterministic, _registration
 from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import Shapes, as_shapes_tensor, check_float, check_shape, check_value, compute_dtype
 
@@ -135,12 +135,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    value, shapes, locations, weights = saved
     value_needed = ctx.needs_input_grad[0]
-    if value_needed:
-        _registration.alert_not_deterministic('deform_attention', grad_output)
+    sorts = value_needed and _deterministic.needed(value)
     grad_value, grad_locations, grad_weights = torch.ops.boltz_mm.deform_attention_backward(
-        grad_output, *ctx.saved_tensors, value_needed
+        grad_output, *saved, value_needed and not sorts
     )
+    if sorts:
+        at_points = grad_output.unflatten(-1, value.shape[2:]).unsqueeze(3)
+        grad_value = _deterministic.gradient_of_value(value, shapes, locations, [(weights, at_points)])
     return grad_value if value_needed else None, None, grad_locations, grad_weights
 
 

@@ -11,7 +11,6 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -200,10 +199,12 @@ class Call {
     const int64_t takes = (tasks + at_once - 1) / at_once;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t workers = threads < takes ? threads : takes;
-    // Memory is taken before the threads start: an exception must not leave a thread.
+    // A tensor, so that it counts as memory of PyTorch; taken before the threads start, because an exception must not
+    // leave a thread.
     const int64_t stride = (scratch_bytes + 127) / 64 * 64;
-    const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(workers * stride + 64)]);
-    char* aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+    const Tensor scratch = torch::stable::new_empty(value_, {workers * stride + 64}, ScalarType::Byte);
+    char* memory = static_cast<char*>(scratch.mutable_data_ptr());
+    char* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
       for (int64_t worker = begin; worker < end; ++worker) {

@@ -1,0 +1,260 @@
+"""Time the operators against plain PyTorch.
+
+Usage:
+    python tools/benchmark/ops.py [--op NAME] [--device cpu|cuda] [--json] [--quick] [--repeats N]
+
+Both sides run in turn in one process, after a warm-up; figures are medians.  The table also says how much of the
+machine the operator uses: bytes of its inputs and outputs, each moved once, over the time, as a share of the measured
+rate of a copy; and the FLOPs of its formula over the time, as a share of the measured rate of a matrix product.
+``--quick`` shrinks the sizes, to see that everything runs; its figures mean nothing.
+"""
+
+import argparse
+import importlib.util
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(CHECKOUT))
+
+from boltz_mm import __version__, ops  # noqa: E402
+from tools.benchmark.baselines import grid_attention as plain  # noqa: E402
+from tools.benchmark.timing import Record, compare, extra_bytes, time_once  # noqa: E402
+
+HEADS, DEPTH = 8, 32
+IMAGE_LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333 pixels, strides 8 to 64: 22,223 cells
+QUICK_LEVELS = ((13, 21), (7, 11), (4, 6), (2, 3))
+
+
+@dataclass
+class Case:
+    """One operator at one size.
+
+    Attributes:
+        op: Operator.
+        name: The size.
+        ours: Takes the leaves.
+        baselines: By name; each takes the leaves.
+        leaves: Inputs with gradients.
+    """
+
+    op: str
+    name: str
+    ours: Callable[..., Any]
+    baselines: dict[str, Callable[..., Any]]
+    leaves: list[Tensor]
+
+    def flops(self, backward: bool) -> int:
+        """Of the operator's registered formula."""
+        with FlopCounterMode(display=False) as counter:
+            step(self.ours, self.leaves, backward)()
+        return counter.get_total_flops()
+
+    def moved_bytes(self, backward: bool) -> int:
+        """Inputs and outputs once; backward reads the inputs again, and the outputs' gradients, and writes as much."""
+        with torch.no_grad():
+            outputs = as_tuple(self.ours(*self.leaves))
+        inputs, results = (sum(t.nbytes for t in tensors) for tensors in (self.leaves, outputs))
+        return inputs + results + (2 * inputs + results if backward else 0)
+
+
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """The outputs of an operator as a tuple."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def step(function: Callable[..., Any], leaves: list[Tensor], backward: bool) -> Callable[[], object]:
+    """One call of the function, with the gradients of all leaves if ``backward``."""
+    if not backward:
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(*leaves)
+
+        return forward
+    with torch.no_grad():
+        cotangents = [torch.ones_like(output) for output in as_tuple(function(*leaves))]
+
+    def forward_and_backward() -> object:
+        outputs = as_tuple(function(*leaves))
+        return outputs, torch.autograd.grad(outputs, leaves, cotangents)
+
+    return forward_and_backward
+
+
+def windows(levels: Sequence[tuple[int, int]], device: str) -> Tensor:
+    """The encoder's boxes ``[1, S, H, L, 4]``: four cells wide, shifted and scaled as at the start of a training."""
+    rows = []
+    for height, width in levels:
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing='ij')
+        sizes = torch.tensor([4 / width, 4 / height]).expand(height, width, 2)
+        rows.append(torch.cat([torch.stack([x / width, y / height], -1), sizes], -1).reshape(-1, 4))
+    reference = torch.cat(rows)[None, :, None, None]
+    offsets = torch.rand(HEADS, len(levels), 4) / 8
+    return (reference + offsets * reference[..., 2:].repeat(1, 1, 1, 1, 2)).contiguous().to(device)
+
+
+def random_boxes(queries: int, levels: int, device: str) -> Tensor:
+    """Centres anywhere, sizes up to 0.3 of the image: ``[1, Q, H, L, 4]``."""
+    return torch.cat([torch.rand(1, queries, HEADS, levels, 2), torch.rand(1, queries, HEADS, levels, 2) * 0.3], -1).to(
+        device
+    )
+
+
+def values(levels: Sequence[tuple[int, int]], device: str, dtype: torch.dtype) -> Tensor:
+    """Random ``[1, S, H, D]``."""
+    cells = sum(height * width for height, width in levels)
+    return torch.randn(1, cells, HEADS, DEPTH).to(device, dtype)
+
+
+def box_cases(levels: Sequence[tuple[int, int]], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Box attention of an encoder layer: every cell is a query."""
+    value, shapes = values(levels, device, dtype), torch.tensor(levels, device=device)
+    points, queries = ops.grid_points(2, device=device), value.shape[1]
+    logits = torch.randn(1, queries, HEADS, len(levels), 4, device=device)
+    for name, boxes in (('local', windows(levels, device)), ('random', random_boxes(queries, len(levels), device))):
+        yield Case(
+            'box_attention',
+            f'{queries} q 8x32 2x2 {name}',
+            lambda v, b, w: ops.box_attention(v, shapes, b, w, points),
+            {'grid_sample per level': lambda v, b, w: plain.box_attention(v, levels, b, w, points)},
+            [value, boxes, logits],
+        )
+
+
+def instance_cases(levels: Sequence[tuple[int, int]], device: str, dtype: torch.dtype, queries: int) -> Iterator[Case]:
+    """Instance attention of a decoder layer; the boxes of a query are the same for all heads and levels."""
+    value, shapes = values(levels, device, dtype), torch.tensor(levels, device=device)
+    points = ops.grid_points(14, device=device)
+    boxes = random_boxes(queries, len(levels), device)[:, :, :1, :1].expand(-1, -1, HEADS, len(levels), -1).contiguous()
+    logits = torch.randn(1, queries, HEADS, len(levels), 2, 2, device=device)
+    yield Case(
+        'instance_attention',
+        f'{queries} q 8x32 14x14',
+        lambda v, b, w: ops.instance_attention(v, shapes, b, w, points),
+        {'grid_sample per level': lambda v, b, w: plain.instance_attention(v, levels, b, w, points)},
+        [value, boxes, logits],
+    )
+
+
+def deform_cases(levels: Sequence[tuple[int, int]], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Deformable attention of an encoder layer, at the points of local boxes."""
+    value, shapes = values(levels, device, dtype), torch.tensor(levels, device=device)
+    boxes = windows(levels, device)
+    locations = ops.box_sampling_locations(boxes, ops.grid_points(2, device=device))
+    weights = torch.randn(locations.shape[:-1], device=device).flatten(3).softmax(-1).view(locations.shape[:-1])
+    baselines: dict[str, Callable[..., Any]] = {
+        'grid_sample per level': lambda v, *r: plain.deform_attention(v, levels, *r)
+    }
+    if dtype == torch.float32 and device == 'cpu' and importlib.util.find_spec('mmcv'):
+        baselines['mmcv multi_scale_deformable_attn_pytorch'] = lambda v, *r: plain.mmcv_deform_attention(v, levels, *r)
+    yield Case(
+        'deform_attention',
+        f'{value.shape[1]} q 8x32 4 points',
+        lambda v, at, w: ops.deform_attention(v, shapes, at, w),
+        baselines,
+        [value, locations, weights],
+    )
+
+
+OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
+    'box_attention': lambda quick, **kwargs: box_cases(**kwargs),
+    'deform_attention': lambda quick, **kwargs: deform_cases(**kwargs),
+    'instance_attention': lambda quick, **kwargs: instance_cases(queries=20 if quick else 300, **kwargs),
+}
+
+
+def cases(op: str, device: str, quick: bool) -> Iterator[tuple[str, Case]]:
+    """All cases of an operator, with the name of the dtype of value."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        levels = QUICK_LEVELS if quick else IMAGE_LEVELS
+        for case in OPERATORS[op](quick, levels=levels, device=device, dtype=dtype):
+            for leaf in case.leaves:
+                leaf.requires_grad_()
+            yield str(dtype).removeprefix('torch.'), case
+
+
+@dataclass(frozen=True)
+class Result:
+    """A record, with what the operator moved and computed."""
+
+    record: Record
+    moved_bytes: int
+    flops: int
+
+
+def results(op: str, device: str, quick: bool, repeats: int) -> Iterator[Result]:
+    """Time all cases of an operator."""
+    for dtype, case in cases(op, device, quick):
+        for backward in (False, True):
+            ours = step(case.ours, case.leaves, backward)
+            extra, moved, flops = extra_bytes(ours, device), case.moved_bytes(backward), case.flops(backward)
+            direction = 'fwdbwd' if backward else 'fwd'
+            for name, function in case.baselines.items():
+                ms, baseline_ms = compare(ours, step(function, case.leaves, backward), device, repeats)
+                yield Result(
+                    Record(op, case.name, device, dtype, direction, ms, name, baseline_ms, extra), moved, flops
+                )
+
+
+def machine_rates(device: str, quick: bool) -> tuple[float, float]:
+    """Bytes per second of a copy (read and written), FLOPs per second of a float32 matrix product."""
+    count, side = (2**20, 256) if quick else (2**26, 2048)
+    source, target = torch.zeros(count, device=device), torch.zeros(count, device=device)
+    left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    copying = partial(target.copy_, source)
+    multiplying = partial(torch.mm, left, right)
+    copy_ms, product_ms = (min(time_once(work, device) for _ in range(8)) for work in (copying, multiplying))
+    return 2 * source.nbytes / copy_ms * 1e3, 2 * side**3 / product_ms * 1e3
+
+
+def table_row(result: Result, rates: tuple[float, float]) -> str:
+    """One line of the table."""
+    record = result.record
+    bandwidth, rate = result.moved_bytes / record.ms * 1e3, result.flops / record.ms * 1e3
+    return (
+        f'{record.name:19}{record.case:27}{record.dtype:9}{record.direction:7}{record.ms:9.2f}{record.baseline_ms:10.2f}'
+        f'{record.ratio:7.1f}{record.extra_bytes / 2**20:8.1f}{result.moved_bytes / 2**20:8.1f}'
+        f'{bandwidth / rates[0]:8.1%}{rate / rates[1]:8.1%}  {record.baseline}'
+    )
+
+
+def main() -> None:
+    """Parse the arguments, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--op', choices=sorted(OPERATORS), help='time one operator only')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--json', action='store_true', help='one JSON object a line')
+    parser.add_argument('--quick', action='store_true', help='tiny sizes, to see that everything runs')
+    parser.add_argument('--repeats', type=int, help='timed runs of each side (7 on a CPU, 50 on a CUDA device)')
+    args = parser.parse_args()
+    repeats = args.repeats if args.repeats is not None else 2 if args.quick else 50 if args.device == 'cuda' else 7
+    if repeats < 1:
+        parser.error(f'--repeats must be at least 1, got {repeats}')
+    rates = machine_rates(args.device, args.quick)
+    if not args.json:
+        where = torch.cuda.get_device_name() if args.device == 'cuda' else platform.machine()
+        print(
+            f'boltz_mm {__version__}, torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, '
+            f'backends {ops.available_backends()}, copy {rates[0] / 1e9:.1f} GB/s, '
+            f'matrix product {rates[1] / 1e9:.0f} GFLOP/s\n'
+            f'{"op":19}{"case":27}{"dtype":9}{"dir":7}{"ms":>9}{"base ms":>10}{"ratio":>7}{"extra":>8}{"moved":>8}'
+            f'{"copy":>8}{"mm":>8}  baseline (extra and moved in MiB)'
+        )
+    for op in [args.op] if args.op else sorted(OPERATORS):
+        for result in results(op, args.device, args.quick, repeats):
+            print(result.record.as_json('op') if args.json else table_row(result, rates), flush=True)
+
+
+if __name__ == '__main__':
+    main()
