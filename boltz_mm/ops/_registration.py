@@ -1,6 +1,5 @@
 """What every native operator registers in Python: shapes, autograd, FLOPs and the rule for ``torch.vmap``."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,23 +33,6 @@ def register_backward(name: str, *, fake: Callable[..., Any], flops: Callable[..
     torch.library.register_fake(qualified, fake)
     torch.library.register_autograd(qualified, refuse)
     register_flop_formula(getattr(torch.ops.boltz_mm, name))(flops)
-
-
-def alert_not_deterministic(name: str, value: Tensor) -> None:
-    """Obey ``torch.use_deterministic_algorithms`` before a gradient is added up atomically, as it is on CUDA.
-
-    Raises:
-        RuntimeError: Deterministic algorithms were asked for; with ``warn_only=True`` it is a warning.
-    """
-    if value.device.type != 'cuda' or not torch.are_deterministic_algorithms_enabled():
-        return
-    message = (
-        f'the gradient of value in boltz_mm::{name} has no deterministic implementation on CUDA, but you set '
-        "'torch.use_deterministic_algorithms(True)'; warn_only=True lets it run, and on the CPU it is deterministic"
-    )
-    if not torch.is_deterministic_algorithms_warn_only_enabled():
-        raise RuntimeError(message)
-    warnings.warn(message, stacklevel=2)
 
 
 def register_vmap(name: str, *, constant: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from boltz_mm.ops import _registration
+from boltz_mm.ops import _deterministic, _registration
 from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import Shapes, as_shapes_tensor, check_float, check_shape, check_value, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum, reference_deform_attention, sample_levels
@@ -301,12 +301,17 @@ def _setup_box(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_box(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-    value_needed, has_angles = ctx.needs_input_grad[0], saved[6] is not None
-    if value_needed:
-        _registration.alert_not_deterministic('box_attention', grad_output)
+    value, shapes, boxes, logits, points, valid_ratios, angles = saved
+    value_needed, has_angles = ctx.needs_input_grad[0], angles is not None
+    sorts = value_needed and _deterministic.needed(value)
     grad_value, grad_boxes, grad_logits, grad_angles = torch.ops.boltz_mm.box_attention_backward(
-        grad_output, *saved, value_needed
+        grad_output, *saved, value_needed and not sorts
     )
+    if sorts:
+        locations = box_sampling_locations(boxes, points, valid_ratios=valid_ratios, angles=angles)
+        at_points = grad_output.unflatten(-1, value.shape[2:]).unsqueeze(3)
+        parts = [(box_attention_weights(logits), at_points)]
+        grad_value = _deterministic.gradient_of_value(value, shapes, locations, parts)
     grad_value = grad_value if value_needed else None
     return grad_value, None, grad_boxes, grad_logits, None, None, grad_angles if has_angles else None
 
@@ -351,15 +356,23 @@ def _backward_instance(
     ctx: Any, grad_output: Tensor | None, grad_mask_output: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
-    value, _, boxes, *_ = saved
+    value, shapes, boxes, logits, points, valid_ratios = saved
     value_needed = ctx.needs_input_grad[0]
-    if value_needed:
-        _registration.alert_not_deterministic('instance_attention', value)
+    sorts = value_needed and _deterministic.needed(value)
+    grad_mask_output = grad_mask_output if ctx.mask_output else None
     if grad_output is None:
         grad_output = value.new_zeros(value.shape[0], boxes.shape[1], value.shape[2] * value.shape[3])
     grad_value, grad_boxes, grad_logits = torch.ops.boltz_mm.instance_attention_backward(
-        grad_output, grad_mask_output if ctx.mask_output else None, *saved, value_needed
+        grad_output, grad_mask_output, *saved, value_needed and not sorts
     )
+    if sorts:
+        locations = box_sampling_locations(boxes, points, valid_ratios=valid_ratios)
+        spatial, level = instance_attention_weights(logits, math.isqrt(points.shape[0]))
+        parts = [(spatial.flatten(-2), grad_output.unflatten(-1, value.shape[2:]).unsqueeze(3))]
+        if grad_mask_output is not None:
+            at_points = grad_mask_output.unflatten(-1, value.shape[2:]).flatten(2, 3).transpose(2, 3)
+            parts.append((level.flatten(-2), at_points))
+        grad_value = _deterministic.gradient_of_value(value, shapes, locations, parts)
     return grad_value if value_needed else None, None, grad_boxes, grad_logits, None, None, None
 
 

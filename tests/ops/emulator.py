@@ -78,7 +78,13 @@ class Call:
         return output, masks, plan
 
     def backward(
-        self, library: ctypes.CDLL, grad: Tensor, mask_grad: Tensor | None = None, *, slices: int = 0, value: bool = True
+        self,
+        library: ctypes.CDLL,
+        grad: Tensor,
+        mask_grad: Tensor | None = None,
+        *,
+        slices: int = 0,
+        value: bool = True,
     ) -> tuple[dict[str, Tensor], Plan]:
         compute = torch.float64 if self.value.dtype == torch.float64 else torch.float32
         inputs = {name: getattr(self, name) for name in ('boxes', 'logits', 'angles', 'locations', 'weights')}

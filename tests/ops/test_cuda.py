@@ -23,7 +23,9 @@ Results = tuple[Tensor, ...]
 @pytest.fixture(autouse=True)
 def built() -> None:
     if 'cuda' not in _backend._loaded_devices:
-        pytest.fail('the CUDA library is not built or does not load: BOLTZ_MM_CUDA=1 python setup.py build_ext --inplace')
+        pytest.fail(
+            'the CUDA library is not built or does not load: BOLTZ_MM_CUDA=1 python setup.py build_ext --inplace'
+        )
 
 
 def on_cuda(case: OpCase, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> OpCase:
@@ -145,17 +147,18 @@ def test_only_the_gradient_of_value_may_differ_between_runs(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_deterministic_algorithms(name: str) -> None:
-    case = on_cuda(make_case(name, torch.float32))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_deterministic_algorithms(name: str, dtype: torch.dtype) -> None:
+    case = make_case(name, dtype, queries=301, depth=32)
+    moved = on_cuda(case)
     try:
         torch.use_deterministic_algorithms(True)
-        with pytest.raises(RuntimeError, match='no deterministic implementation on CUDA'):
-            case.run()
-        case.run(gradients=False)
-        leaves = [leaf.requires_grad_(i > 0) for i, leaf in enumerate(case.leaves.values())]
-        torch.autograd.backward([output.sum() for output in case.function()(*leaves)])
+        runs = [flat(moved) for _ in range(4)]
     finally:
         torch.use_deterministic_algorithms(False)
+    assert_same(runs[0], expected_of(case), dtype)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -229,7 +232,10 @@ def test_opcheck(name: str) -> None:
         operator, arguments = torch.ops.boltz_mm.deform_attention, (value, shapes, *others)
     elif 'box' in name:
         angles = others[2] if name == 'box_rotated' else None
-        operator, arguments = torch.ops.boltz_mm.box_attention, (value, shapes, *others[:2], case.points, case.ratios, angles)
+        operator, arguments = (
+            torch.ops.boltz_mm.box_attention,
+            (value, shapes, *others[:2], case.points, case.ratios, angles),
+        )
     else:
         operator = torch.ops.boltz_mm.instance_attention
         arguments = (value, shapes, *others, case.points, case.ratios, name == 'instance')

@@ -19,7 +19,9 @@ TARGETS = ('arch=compute_80,code=sm_80', 'arch=compute_90,code=sm_90', 'arch=com
 NVCC = shutil.which('nvcc')
 COMPILER = os.environ.get('CXX') or shutil.which('g++') or 'c++'
 OPERATORS = [
-    f'{name}{suffix}' for name in ('box_attention', 'deform_attention', 'instance_attention') for suffix in ('', '_backward')
+    f'{name}{suffix}'
+    for name in ('box_attention', 'deform_attention', 'instance_attention')
+    for suffix in ('', '_backward')
 ]
 LOAD = """
 import json, sys

@@ -80,7 +80,11 @@ def reference(call: Call, mask: bool = False) -> tuple[dict[str, Tensor], Tensor
     leaves = {name: x.double().requires_grad_() for name, x in leaves.items() if x is not None}
     with ops.use_backend('reference'):
         if call.mode == 'points':
-            return leaves, ops.deform_attention(leaves['value'], call.shapes, leaves['locations'], leaves['weights']), None
+            return (
+                leaves,
+                ops.deform_attention(leaves['value'], call.shapes, leaves['locations'], leaves['weights']),
+                None,
+            )
         grid = call.grid.double()
         ratios = None if call.ratios is None else call.ratios.double()
         arguments = (leaves['value'], call.shapes, leaves['boxes'], leaves['logits'], grid)
