@@ -209,7 +209,8 @@ class CheckedCocoDataset(CocoDataset):
     Differs from ``CocoDataset`` in what is an object: boxes are clipped to the image and kept if they have an area
     then (``CocoDataset`` drops boxes thinner than a pixel, and does not clip).  Crowd regions are dropped.
 
-    Each instance also has ``ann_id`` and ``area``.
+    Each instance also has ``ann_id`` and ``area``.  Without ``data_prefix['img']`` file names are relative to
+    ``data_root``.
 
     Raises:
         DatasetError: On reading, for a broken file; on taking a sample, for a broken, missing or differently sized
@@ -227,6 +228,7 @@ class CheckedCocoDataset(CocoDataset):
         except DatasetError as error:
             raise DatasetError(f'{self.ann_file}: {error}') from None
         self.cat_ids = list(self.cat2label)
+        self.data_prefix.setdefault('img', self.data_root or '')
         self.cat_img_map = coco.cat_img_map
         return [
             self.parse_data_info(

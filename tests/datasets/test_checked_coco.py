@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from boltz_mm.datasets.checked_coco import CheckedCOCO, CheckedCocoDataset, DatasetError, check_coco
@@ -230,6 +231,17 @@ def test_bad_images_are_named(folder, spoil):
     spoil(folder / '1.png')
     with pytest.raises(DatasetError, match=r'1\.png \(image 1 of .*instances\.json\)'):
         _dataset(folder)[0]
+
+
+def test_errors_of_worker_processes_keep_their_kind_and_text(folder):
+    (folder / '1.png').unlink()
+    loader = torch.utils.data.DataLoader(_dataset(folder), num_workers=1, collate_fn=list)
+    with pytest.raises(DatasetError, match=r'1\.png \(image 1 of'):
+        next(iter(loader))
+
+
+def test_file_names_are_relative_to_the_root_without_a_prefix(folder):
+    assert _dataset(folder, data_prefix={})[0]
 
 
 def test_orientation_flag_is_ignored_like_the_official_code_does(folder):

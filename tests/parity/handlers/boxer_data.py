@@ -180,7 +180,6 @@ def coco_prepare(case: Case) -> Produced:
                 'type': 'boltz_mm.CocoCategoryIdDataset',
                 'data_root': folder,
                 'ann_file': 'instances.json',
-                'data_prefix': {'img': ''},
                 'metainfo': {'classes': classes},
                 'pipeline': [
                     {'type': 'LoadImageFromFile'},
