@@ -51,6 +51,14 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.exists()), None)
 
 
+def toolkit_of(nvcc: Path) -> Path:
+    """The folder of the CUDA toolkit, asked of nvcc: the one on the PATH may be a script that stands elsewhere."""
+    command = [str(nvcc), '--dryrun', '-x', 'cu', '-c', os.devnull, '-o', os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+    top = next((line.split('=', 1)[1].strip() for line in said if line.startswith('#$ TOP=')), None)
+    return Path(top).resolve() if top else nvcc.resolve().parent.parent
+
+
 def wants_cuda() -> bool:
     """Whether to build the CUDA library, by BOLTZ_MM_CUDA and by what is there."""
     choice = os.environ.get('BOLTZ_MM_CUDA', 'auto')
@@ -86,7 +94,7 @@ def cpp_library(name: str, files: list[str], **extra: object) -> Extension:
 
 def cuda_library() -> Extension:
     """The CUDA library; its ``.cu`` objects are added by ``BuildOperators``, which compiles them with nvcc alone."""
-    home = find_nvcc().resolve().parent.parent
+    home = toolkit_of(find_nvcc())
     # Named, because linkers drop libtorch, through which it would be found; a torch for the CPU has none.
     has_cuda = any((Path(folder) / 'libtorch_cuda.so').exists() for folder in cpp_extension.library_paths())
     return cpp_library(
