@@ -179,6 +179,39 @@ int emulate(const GridProblem& problem, const Plan& plan, bool backward) {
 
 }  // namespace
 
+namespace {
+
+int run_pass(const GridProblem& problem, ValueType type, const Plan& plan, bool backward) {
+  switch (type) {
+    case ValueType::float64:
+      return emulate<double, double>(problem, plan, backward);
+    case ValueType::float32:
+      return emulate<float, float>(problem, plan, backward);
+    case ValueType::bfloat16:
+      return emulate<BFloat16, float>(problem, plan, backward);
+    case ValueType::float16:
+      return emulate<Float16, float>(problem, plan, backward);
+  }
+  return 1;
+}
+
+}  // namespace
+
+// In place of the launches.
+namespace boltz_mm::cuda {
+
+const char* launch_forward(const GridProblem& problem, ValueType type, void*) {
+  run_pass(problem, type, make_plan(problem, type, false), false);
+  return nullptr;
+}
+
+const char* launch_backward(const GridProblem& problem, ValueType type, void*) {
+  run_pass(problem, type, make_plan(problem, type, true), true);
+  return nullptr;
+}
+
+}  // namespace boltz_mm::cuda
+
 // Runs a pass; `plan_out` receives vector, lanes, slices, rows and blocks.  With slices > 0 the plan is overruled.
 extern "C" int emulate_grid(const GridProblem* problem, int type, int backward, int slices, Index* plan_out) {
   const ValueType value_type = static_cast<ValueType>(type);
@@ -190,15 +223,5 @@ extern "C" int emulate_grid(const GridProblem* problem, int type, int backward, 
   }
   const Index numbers[] = {plan.vector, plan.lanes, plan.slices, plan.rows, plan.blocks};
   std::memcpy(plan_out, numbers, sizeof(numbers));
-  switch (value_type) {
-    case ValueType::float64:
-      return emulate<double, double>(*problem, plan, backward != 0);
-    case ValueType::float32:
-      return emulate<float, float>(*problem, plan, backward != 0);
-    case ValueType::bfloat16:
-      return emulate<BFloat16, float>(*problem, plan, backward != 0);
-    case ValueType::float16:
-      return emulate<Float16, float>(*problem, plan, backward != 0);
-  }
-  return 1;
+  return run_pass(*problem, value_type, plan, backward != 0);
 }

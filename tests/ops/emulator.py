@@ -43,12 +43,16 @@ class Plan:
     blocks: int
 
 
+def compiler() -> list[str]:
+    """The C++ compiler, as PyTorch chooses it for extensions."""
+    return (os.environ.get('CXX') or shutil.which('g++') or 'c++').split()
+
+
 def build(folder: Path) -> ctypes.CDLL:
     """Compile the emulator into ``folder`` with the C++ compiler."""
-    compiler = os.environ.get('CXX') or shutil.which('g++') or 'c++'
     library = folder / 'cuda_emulator.so'
-    command = [*compiler.split(), '-std=c++17', '-O2', '-Wall', '-Wextra', '-Werror', '-Wno-maybe-uninitialized']
-    subprocess.run([*command, '-fPIC', '-shared', str(SOURCE), '-o', str(library)], check=True)
+    flags = ['-std=c++17', '-O2', '-Wall', '-Wextra', '-Werror', '-Wno-maybe-uninitialized', '-fPIC', '-shared']
+    subprocess.run([*compiler(), *flags, str(SOURCE), '-o', str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 

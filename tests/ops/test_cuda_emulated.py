@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from boltz_mm import ops
-from tests.ops.emulator import Call, build
+from tests.ops.emulator import Call, build, compiler
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='no C++ compiler'),
+    pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason='no C++ compiler'),
 ]
 GOLDEN = Path(__file__).resolve().parents[1] / 'data' / 'parity' / 'boxer'
 SHAPES = [(6, 9), (3, 4), (1, 1)]
