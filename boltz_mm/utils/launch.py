@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.hub import get_config
@@ -109,8 +110,8 @@ def enable_amp(cfg: Config) -> None:
         mixed = f'{name.removesuffix("OptimWrapper")}AmpOptimWrapper'
     else:
         stop(f'--amp has no mixed-precision form of the optimizer wrapper {kind}')
-    if get_device() == 'cpu':
-        stop("--amp needs an accelerator: mmengine's mixed precision does not run on the CPU")
+    if get_device() == 'cpu' and (scope, mixed) != ('boltz_mm', 'FiniteAmpOptimWrapper'):
+        stop(f"--amp needs an accelerator with {kind}: mmengine's mixed precision does not run on the CPU")
     cfg.optim_wrapper.type = f'{scope}.{mixed}' if scope else mixed
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
@@ -134,6 +135,18 @@ def set_resume(cfg: Config, resume: str | None) -> None:
         cfg.load_from = resume
 
 
+def use_cpu_processes(cfg: Config) -> None:
+    """Let the processes of torchrun train on CPUs, where mmengine's own launching takes a GPU for granted."""
+    if cfg.get('launcher', 'none') != 'pytorch' or get_device() != 'cpu':
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    wrapper = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    wrapper['find_unused_parameters'] = cfg.get('find_unused_parameters', False)
+    cfg.setdefault('model_wrapper_cfg', wrapper)
+
+
 def build_runner(cfg: Config) -> Any:
     """Build the runner that a config asks for."""
+    use_cpu_processes(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

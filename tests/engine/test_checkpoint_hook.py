@@ -4,6 +4,8 @@ import errno
 import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,27 @@ def test_hostile_checkpoint_in_test_train_and_pretrained(tmp_path):
     # The file is live: this is what it does to the reader that trusts it.
     pickle.loads(pickle.dumps(_Hostile(marker)))
     assert marker.exists()
+
+
+INFERENCER = """
+import sys
+import boltz_mm
+from mmdet.apis import DetInferencer
+DetInferencer(model=sys.argv[1], weights=sys.argv[2], device='cpu')
+"""
+
+
+@pytest.mark.slow
+def test_hostile_checkpoint_in_the_inferencer_of_mmdet(tmp_path):
+    """It reads the checkpoint before it builds the model: the config has to have switched the reader by then."""
+    marker, path = tmp_path / 'executed', tmp_path / 'hostile.pth'
+    torch.save({'state_dict': {}, 'x': _Hostile(marker)}, path)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, '-c', INFERENCER, root / 'configs' / 'boxer' / 'boxer_tiny_shapes.py', path]
+    environment = dict(os.environ, PYTHONPATH=str(root), OMP_NUM_THREADS='1')
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert done.returncode != 0 and 'CheckpointError: ' in done.stderr and 'posix.system' in done.stderr
+    assert not marker.exists()
 
 
 def test_code_in_the_config_of_a_checkpoint_is_not_run(tmp_path):

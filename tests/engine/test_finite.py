@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 
@@ -42,7 +43,10 @@ def test_finite_steps_are_those_of_mmengine(clip):
     kwargs = dict(clip_grad=clip)
     for parameter, wrapper in (
         (ours, _wrapper('FiniteOptimWrapper', ours, clip_grad=clip and dict(clip))),
-        (theirs, OPTIM_WRAPPERS.build(dict(type='OptimWrapper', optimizer=torch.optim.SGD([theirs], lr=1.0), **kwargs))),
+        (
+            theirs,
+            OPTIM_WRAPPERS.build(dict(type='OptimWrapper', optimizer=torch.optim.SGD([theirs], lr=1.0), **kwargs)),
+        ),
     ):
         for factor in (1.0, -3.0, 0.5):
             wrapper.update_params((parameter.square() * factor).sum())

@@ -82,6 +82,13 @@ def test_amp_refusals(kind: object, sentence: str, monkeypatch: pytest.MonkeyPat
         launch.enable_amp(Config(dict(optim_wrapper=dict(type=kind))))
 
 
+def test_amp_of_our_wrapper_runs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, 'get_device', lambda: 'cpu')
+    cfg = Config(dict(optim_wrapper=dict(type='boltz_mm.FiniteOptimWrapper')))
+    launch.enable_amp(cfg)
+    assert cfg.optim_wrapper.type == 'boltz_mm.FiniteAmpOptimWrapper'
+
+
 def test_auto_scale_lr() -> None:
     cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
     launch.enable_auto_scale_lr(cfg)
