@@ -50,9 +50,7 @@ def build(with_mask: bool, residual_mode: str):
 def batch() -> tuple[Tensor, list[DetDataSample]]:
     shapes = [(96, 128), (80, 100)]
     samples = [
-        DetDataSample(
-            metainfo=dict(img_shape=s, batch_input_shape=(96, 128), ori_shape=s, scale_factor=(1.0, 1.0))
-        )
+        DetDataSample(metainfo=dict(img_shape=s, batch_input_shape=(96, 128), ori_shape=s, scale_factor=(1.0, 1.0)))
         for s in shapes
     ]
     return torch.randn(2, 3, 96, 128), samples

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,11 @@ def test_keys_below_a_prefix_only() -> None:
     assert our_key('detector.class_embed.weight') == 'bbox_head.cls_branch.weight'
     assert our_key('my.detector.class_embed.weight') is None
     assert our_key('input_projX0X1Xweight') is None
+
+
+def test_command_line_there_and_back(tmp_path: Path, container: dict) -> None:
+    tool = Path(__file__).parents[2] / 'tools' / 'model_converters' / 'boxer2mm.py'
+    ours, back = tmp_path / 'ours.safetensors', tmp_path / 'back.pth'
+    for arguments in ([GOLDEN / 'boxer3d' / 'weights.pth', ours], ['--reverse', ours, back]):
+        subprocess.run([sys.executable, str(tool), *map(str, arguments)], check=True, capture_output=True)
+    assert _same(torch.load(back, weights_only=True), container['model'])

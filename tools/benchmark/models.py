@@ -63,6 +63,7 @@ def samples(batch: int, size: tuple[int, int], objects: int, num_classes: int) -
 
 
 def on_device(batch: list[DetDataSample], device: str) -> list[DetDataSample]:
+    """Move ground truth and meta information."""
     return [sample.to(device) for sample in batch]
 
 
@@ -132,6 +133,7 @@ MODELS_TO_TIME: dict[str, Callable[[str, bool, int], Iterator[Record]]] = {'boxe
 
 
 def main() -> None:
+    """Time what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', choices=sorted(MODELS_TO_TIME), help='time one model only')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
@@ -142,7 +144,9 @@ def main() -> None:
     if args.repeats < 1:
         parser.error(f'--repeats must be at least 1, got {args.repeats}')
     register_all_modules(init_default_scope=False)
-    title = f'boltz_mm {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
+    title = (
+        f'boltz_mm {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
+    )
     names = [args.model] if args.model else sorted(MODELS_TO_TIME)
     records = (record for name in names for record in MODELS_TO_TIME[name](args.device, args.quick, args.repeats))
     report(records, as_json=args.json, title=title, subject='model')

@@ -1,4 +1,4 @@
-"""Convert an official BoxeR checkpoint to ours, or ours to the official layout.
+"""Convert an official BoxeR checkpoint (2D or 3D) to ours, or ours to the official layout.
 
     python tools/model_converters/boxer2mm.py boxer2d_final.pth boxer.safetensors
     python tools/model_converters/boxer2mm.py --reverse boxer.safetensors boxer2d_final.pth
@@ -9,14 +9,39 @@ does not fit is printed, and then nothing is written unless --force is given.
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import torch
 
-from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config
+from boltz_mm.converters.boxer import (
+    convert_boxer,
+    export_boxer,
+    infer_boxer_config,
+    official_state_dict,
+)
+from boltz_mm.converters.boxer3d import convert_boxer3d, export_boxer3d, infer_boxer3d_config
 from boltz_mm.datasets.coco_category_id import CocoCategoryIdDataset
 from boltz_mm.registry import MODELS
 from boltz_mm.utils.checkpoint import atomic_save, read_checkpoint, save_safetensors, state_dict_of
+
+
+class Converter(NamedTuple):
+    """The functions of one kind of model: file to ours, ours to file, config that fits our weights."""
+
+    convert: Callable
+    export: Callable
+    infer_config: Callable
+
+
+BOXER = Converter(convert_boxer, export_boxer, infer_boxer_config)
+BOXER3D = Converter(convert_boxer3d, export_boxer3d, infer_boxer3d_config)
+
+
+def converter_for(state: Mapping[str, torch.Tensor]) -> Converter:
+    """Tell 2D from 3D: only BoxeR-3D reads pillars; the name is the same in both layouts."""
+    return BOXER3D if any('backbone.reader.' in key for key in state) else BOXER
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,11 +64,12 @@ def convert(source: str) -> tuple[dict[str, torch.Tensor], dict, bool]:
         The state dict, what is known about it, and whether everything found its place.
     """
     container = read_checkpoint(source)
-    state, report = convert_boxer(container)
+    converter = converter_for(official_state_dict(container))
+    state, report = converter.convert(container)
     if report.num_classes is not None:
         with torch.device('meta'):
-            model = MODELS.build(infer_boxer_config(state))
-        state, report = convert_boxer(container, model)
+            model = MODELS.build(converter.infer_config(state))
+        state, report = converter.convert(container, model)
     print(report)
     meta: dict = {'converted_from': 'kienduynguyen/BoxeR', 'num_classes': report.num_classes}
     if report.num_classes == len(CocoCategoryIdDataset.METAINFO['classes']):
@@ -60,7 +86,8 @@ def main() -> int:
     args = parse_args()
     target = args.target or f'{PurePosixPath(args.source).stem}.safetensors'
     if args.reverse:
-        state, complete = export_boxer(state_dict_of(read_checkpoint(args.source), args.source)), True
+        ours = state_dict_of(read_checkpoint(args.source), args.source)
+        state, complete = converter_for(ours).export(ours), True
         meta: dict = {}
         print(f'{len(state)} tensors renamed')
     else:

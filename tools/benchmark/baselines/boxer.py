@@ -3,9 +3,9 @@
 Follows the work that the official code does (kienduynguyen/BoxeR: ``module/box_transformer.py``,
 ``module/predictor.py``, ``dataset/coco.py::format_for_evalai``), on the weights of one of our models, in plain PyTorch:
 
-* ``evaluation``: what ``model.eval()`` computes, with which the official trainer validates.  Every decoder layer carries
-  the mask features of all queries along, every layer's queries get classes, boxes and masks of all classes, and all
-  encoder tokens are rated a second time and get boxes.
+* ``evaluation``: what ``model.eval()`` computes, with which the official trainer validates.  Every decoder layer
+  carries the mask features of all queries along, every layer's queries get classes, boxes and masks of all classes, and
+  all encoder tokens are rated a second time and get boxes.
 * ``inference``: what ``model.inference()`` computes.  Mask features, classes, boxes and masks of the last layer only.
 
 Results are those of our ``predict``; ``tests/benchmark/test_boxer_baseline.py`` holds that, and the golden cases.
