@@ -78,24 +78,25 @@ class SampleSeeding:
     """
 
     def __init__(self, loader: DataLoader, seed: int, rank: int) -> None:
+        batches: Any = loader.batch_sampler
         self.seed = seed
         self.rank = rank
         self.position = 0
         self.skip = 0
         loader.generator = torch.Generator()
         self._generator = loader.generator
-        sampler = getattr(loader.batch_sampler, 'sampler', loader.sampler)
+        sampler = getattr(batches, 'sampler', loader.sampler)
         if isinstance(sampler, RandomSampler) and sampler.generator is None:
             sampler.generator = loader.generator
-        self.active = loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
+        self.active = batches is not None and not isinstance(loader.dataset, IterableDataset)
         if self.active:
             try:
                 loader.dataset.__class__ = _seeded_dataset(type(loader.dataset))
-                loader.batch_sampler.__class__ = _seeded_batches(type(loader.batch_sampler))
+                batches.__class__ = _seeded_batches(type(batches))
             except TypeError:  # a built-in type such as list
                 self.active = False
             else:
-                loader.batch_sampler.seeding = self
+                batches.seeding = self
 
     def start_pass(self, epoch: int, position: int, skip: int = 0) -> None:
         """Set the number of the next batch that the sampler will yield, and how many to leave out after it."""
@@ -107,24 +108,26 @@ class SampleSeeding:
         """Attach seeds to the indices of the next batch."""
         place = self.position
         return [
-            SeededIndex(index, (self.seed, self.rank, place, slot)) if isinstance(index, int | np.integer) else index
+            SeededIndex(int(index), (self.seed, self.rank, place, slot))
+            if isinstance(index, int | np.integer)
+            else index
             for slot, index in enumerate(batch)
         ]
 
 
 @cache
-def _seeded_dataset(base: type) -> type:
+def _seeded_dataset(base: Any) -> Any:
     if hasattr(base, '_is_seeded'):
         return base
 
     def getitem(self: Any, index: Any) -> Any:
         if not isinstance(index, SeededIndex):
-            return base.__getitem__(self, index)  # type: ignore[attr-defined]
+            return base.__getitem__(self, index)
         if get_worker_info() is not None:  # the states of a worker serve nothing else
             seed_cpu(index.seed)
-            return base.__getitem__(self, int(index))  # type: ignore[attr-defined]
+            return base.__getitem__(self, int(index))
         with isolated_rng(index.seed):
-            return base.__getitem__(self, int(index))  # type: ignore[attr-defined]
+            return base.__getitem__(self, int(index))
 
     def reduce_ex(self: Any, protocol: int) -> tuple:
         plain = base.__new__(base)
@@ -149,13 +152,13 @@ def _restore_seeded(plain: Any) -> Any:
 
 
 @cache
-def _seeded_batches(base: type) -> type:
+def _seeded_batches(base: Any) -> Any:
     if hasattr(base, '_is_seeded'):
         return base
 
     def iterate(self: Any) -> Iterator[list]:
         seeding: SampleSeeding = self.seeding
-        for batch in base.__iter__(self):  # type: ignore[attr-defined]
+        for batch in base.__iter__(self):
             if seeding.skip > 0:
                 seeding.skip -= 1
             else:

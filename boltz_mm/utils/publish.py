@@ -45,14 +45,15 @@ def publish(
     state = state_dict_of(content, source)
     if half:
         state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
-    known = content.get('meta') if isinstance(content.get('meta'), dict) else {}
+    meta = content.get('meta')
+    known: dict[str, Any] = meta if isinstance(meta, dict) else {}
     keep = _FACTS + (('cfg',) if with_config else ())
-    meta = {key: _plain(known[key]) for key in keep if key in known}
+    facts = {key: _plain(known[key]) for key in keep if key in known}
     stem = Path(target) if target is not None else Path(source).with_suffix('')
     stem.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=stem.parent, prefix='.publish-') as folder:
         written = Path(folder) / 'weights.safetensors'
-        save_safetensors(state, written, meta)
+        save_safetensors(state, written, facts)
         final = stem.with_name(f'{stem.name}-{sha256_of(written)[:8]}.safetensors')
         os.replace(written, final)
     return final

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import nn
 

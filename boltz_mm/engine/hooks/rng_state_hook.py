@@ -20,7 +20,8 @@ from boltz_mm.registry import HOOKS
 def rng_state() -> dict[str, Any]:
     """Random states of this process as tensors and numbers: python, numpy, torch CPU and all CUDA devices."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    legacy: Any = np.random.get_state()
+    kind, keys, position, has_gauss, cached = legacy
     return dict(
         python=(version, torch.tensor(words, dtype=torch.int64), gauss),
         numpy=(str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)),
