@@ -181,6 +181,13 @@ def test_without_ratios_and_angles(library: ctypes.CDLL, mode: str, mask: bool) 
     check(library, make_call(mode, extras=False), mask=mask)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_many_turns(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    call = make_call('box', dtype=dtype)
+    call.angles *= 300
+    check(library, call)
+
+
 @pytest.mark.parametrize(('mode', 'mask'), MODES)
 def test_value_of_any_strides(library: ctypes.CDLL, mode: str, mask: bool) -> None:
     call = make_call(mode, dtype=torch.float32, depth=8)
