@@ -91,8 +91,8 @@ class SampleSeeding:
         self.active = batches is not None and not isinstance(loader.dataset, IterableDataset)
         if self.active:
             try:
-                loader.dataset.__class__ = _seeded_dataset(type(loader.dataset))
-                batches.__class__ = _seeded_batches(type(batches))
+                loader.dataset.__class__ = _seeded_dataset(type(loader.dataset))  # type: ignore[arg-type]
+                batches.__class__ = _seeded_batches(type(batches))  # type: ignore[arg-type]
             except TypeError:  # a built-in type such as list
                 self.active = False
             else:
@@ -106,12 +106,10 @@ class SampleSeeding:
 
     def tag(self, batch: list) -> list:
         """Attach seeds to the indices of the next batch."""
-        place = self.position
+        seeds = [(self.seed, self.rank, self.position, slot) for slot in range(len(batch))]
         return [
-            SeededIndex(int(index), (self.seed, self.rank, place, slot))
-            if isinstance(index, int | np.integer)
-            else index
-            for slot, index in enumerate(batch)
+            SeededIndex(int(index), seed) if isinstance(index, int | np.integer) else index
+            for index, seed in zip(batch, seeds, strict=True)
         ]
 
 
@@ -131,7 +129,7 @@ def _seeded_dataset(base: Any) -> Any:
 
     def reduce_ex(self: Any, protocol: int) -> tuple:
         plain = base.__new__(base)
-        plain.__dict__ = self.__dict__
+        plain.__dict__.update(self.__dict__)
         return _restore_seeded, (plain,)
 
     names = dict(
@@ -147,7 +145,7 @@ def _seeded_dataset(base: Any) -> Any:
 
 
 def _restore_seeded(plain: Any) -> Any:
-    plain.__class__ = _seeded_dataset(type(plain))
+    plain.__class__ = _seeded_dataset(type(plain))  # type: ignore[arg-type]
     return plain
 
 
