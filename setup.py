@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 try:
     from setuptools.command.bdist_wheel import bdist_wheel
@@ -162,6 +163,16 @@ class BuildOperators(cpp_extension.BuildExtension if cpp_extension else build_ex
         return objects
 
 
+class EggInfo(egg_info):
+    """Metadata outside of the source root: there ``python -m mim`` would take it for the installed package."""
+
+    def finalize_options(self) -> None:
+        if self.egg_base is None:
+            (ROOT / 'build').mkdir(exist_ok=True)
+            self.egg_base = 'build'
+        super().finalize_options()
+
+
 class BuildWheel(bdist_wheel):
     """A wheel that carries ``.mim`` in the dist-info folder and in the package."""
 
@@ -188,6 +199,6 @@ def copy_mim(folder: Path) -> None:
 
 setup(
     ext_modules=extensions(),
-    cmdclass={'build_ext': BuildOperators, 'bdist_wheel': BuildWheel},
+    cmdclass={'build_ext': BuildOperators, 'bdist_wheel': BuildWheel, 'egg_info': EggInfo},
     options={'bdist_wheel': {'py_limited_api': 'cp310'}},
 )
