@@ -249,7 +249,14 @@ def test_encoder_size(name: str) -> None:
     shapes = ((100, 167), (50, 84), (25, 42), (13, 21))
     queries, size = (22223, 2) if name in ('box', 'box_rotated', 'deform') else (300, 14)
     case = make_case(name, torch.float32, batch=1, queries=queries, heads=8, depth=32, shapes=shapes, size=size)
-    assert_same(flat(on_cuda(case)), flat(case), torch.float32)
+    outputs, gradients = on_cuda(case).run()
+    expected, expected_gradients = case.run()
+    assert_same(outputs, expected, torch.float32)
+    for leaf, ours, theirs in zip(case.leaves, gradients, expected_gradients, strict=True):
+        if leaf in ('value', 'logits', 'weights'):
+            assert_same((ours,), (theirs,), torch.float32)
+        else:  # jumps where a place crosses the centre of a cell: of millions, rounding puts some on the other side
+            assert (ours.cpu() - theirs).norm() <= 3e-2 * theirs.norm(), leaf
 
 
 @pytest.mark.parametrize('backward', [False, True])
