@@ -61,7 +61,7 @@ def box_attention(
 def instance_attention_at(
     value: Tensor, sizes: Sizes, locations: Tensor, spatial: Tensor, level_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Instance attention at given points with given weights, all ``[B, Q, H, L, P]``; masks are ``[B, Q, P, H * D]``."""
+    """Instance attention at given points, with both weights ``[B, Q, H, L, P]``; masks are ``[B, Q, P, H * D]``."""
     output, masks = 0, 0
     for level, sample in enumerate(_levels(value, sizes, locations)):
         output = output + (sample * _of_level(spatial, level)).sum(-1)
