@@ -19,9 +19,17 @@ _base_ = [{base!r}]
 custom_imports = dict(imports=['boltz_mm', 'boltz_mm.engine', 'failing_hook'])
 data_root = {data!r}
 model = dict(num_queries=20, encoder=dict(num_layers=1), decoder=dict(num_layers=1))
-train_cfg = dict(max_epochs=1, val_interval=1)
-default_hooks = dict(checkpoint=dict(interval=1), logger=dict(interval=1))
-train_dataloader = dict(batch_size=1, num_workers=0, persistent_workers=False, dataset=dict(data_root=data_root))
+train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)
+param_scheduler = []
+default_hooks = dict(checkpoint=dict(interval=1, by_epoch=True), logger=dict(interval=1))
+log_processor = dict(by_epoch=True)
+train_dataloader = dict(
+    batch_size=1,
+    num_workers=0,
+    persistent_workers=False,
+    sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True),
+    dataset=dict(data_root=data_root),
+)
 val_dataloader = dict(num_workers=0, persistent_workers=False, batch_size=1, dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
