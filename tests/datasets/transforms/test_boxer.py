@@ -223,9 +223,9 @@ def test_image_alone_is_enough():
 @pytest.mark.parametrize(
     'config',
     [
-        dict(type='BoxeRRandomResize', sizes=[]),
-        dict(type='BoxeRRandomCrop', min_size=0, max_size=5),
-        dict(type='BoxeRRandomCrop', min_size=6, max_size=5),
+        dict(type='boltz_mm.BoxeRRandomResize', sizes=[]),
+        dict(type='boltz_mm.BoxeRRandomCrop', min_size=0, max_size=5),
+        dict(type='boltz_mm.BoxeRRandomCrop', min_size=6, max_size=5),
     ],
 )
 def test_senseless_settings_are_refused(config):
@@ -235,11 +235,11 @@ def test_senseless_settings_are_refused(config):
 
 def test_settings_are_shown():
     for config in (
-        dict(type='BoxeRResize', size=8, max_size=9),
-        dict(type='BoxeRRandomResize', sizes=[8], max_size=9),
-        dict(type='BoxeRRandomCrop', min_size=8, max_size=9),
-        dict(type='BoxeRScaleJitter', target=(8, 9)),
+        dict(type='boltz_mm.BoxeRResize', size=8, max_size=9),
+        dict(type='boltz_mm.BoxeRRandomResize', sizes=[8], max_size=9),
+        dict(type='boltz_mm.BoxeRRandomCrop', min_size=8, max_size=9),
+        dict(type='boltz_mm.BoxeRScaleJitter', target=(8, 9)),
     ):
         shown = repr(TRANSFORMS.build(config))
-        assert shown.startswith(config['type'])
+        assert shown.startswith(config['type'].removeprefix('boltz_mm.'))
         assert '8' in shown and '9' in shown
