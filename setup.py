@@ -126,9 +126,9 @@ class BuildOperators(cpp_extension.BuildExtension if cpp_extension else build_ex
             self.parallel = os.cpu_count()
 
     def run(self) -> None:
-        wanted, built = self.extensions, []
+        wanted, built, compiler = self.extensions, [], self.compiler
         for extension in wanted:
-            self.extensions = [extension]
+            self.extensions, self.compiler = [extension], compiler  # a run puts an object in place of its name
             try:
                 if extension.name.endswith('_cuda'):
                     extension.extra_objects = self.compile_cuda()
