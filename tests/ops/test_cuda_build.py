@@ -1,5 +1,6 @@
-"""The CUDA library compiles and links, with or without a GPU: the kernels by nvcc alone, the operators by the C++
-compiler against the installed torch, be it built for the CPU only or not."""
+"""The CUDA library compiles and links, with or without a GPU: ``setup.py`` builds it wherever there is nvcc, the
+kernels for every architecture of a wheel, against the installed torch, be it built for the CPU only or not.
+"""
 
 import json
 import os
@@ -10,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
 from boltz_mm import ops
 from tests.ops.emulator import compiler
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ('arch=compute_80,code=sm_80', 'arch=compute_90,code=sm_90', 'arch=compute_90,code=compute_90')
-NVCC = shutil.which('nvcc')
 OPERATORS = [
     f'{name}{suffix}'
     for name in ('box_attention', 'deform_attention', 'instance_attention')
@@ -33,41 +31,25 @@ torch.ops.load_library(sys.argv[2])
 names = json.loads(sys.argv[3])
 print(json.dumps([n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key('boltz_mm::' + n, 'CUDA')]))
 """
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason='no nvcc on the PATH')]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which('nvcc') is None, reason='no nvcc on the PATH')]
 
 
-def run(*command: object) -> str:
-    result = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, f'{command[0]} failed:\n{result.stdout}{result.stderr}'
-    return result.stdout + result.stderr
+def run(*command: object, **environment: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f'{command} failed:\n{result.stdout}{result.stderr}'
+    return result.stdout
 
 
 @pytest.fixture(scope='module')
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole library, built in a scratch folder as ``setup.py`` builds it."""
+    """The library, built in a scratch folder."""
     folder = tmp_path_factory.mktemp('cuda')
-    targets = [flag for target in TARGETS for flag in ('-gencode', target)]
-    flags = ['-O3', '-std=c++17', '-cudart', 'static', '-Werror', 'all-warnings', '-Xcompiler', '-fPIC', *targets]
-    sources = sorted((ROOT / 'ops' / 'cuda').glob('*.cu'))
-    assert sources
-    objects = [folder / f'{source.stem}.o' for source in sources]
-    for source, compiled in zip(sources, objects, strict=True):
-        run(NVCC, *flags, '-c', source, '-o', compiled)
-    includes = [f'-I{path}' for path in cpp_extension.include_paths()]
-    defines = ['-DUSE_CUDA', '-DPy_LIMITED_API=0x030A0000', '-DTORCH_TARGET_VERSION=0x020a000000000000']
-    launches = sorted((ROOT / 'ops' / 'cuda').glob('*.cpp'))
-    assert launches
-    for source in launches:
-        objects.append(folder / f'{source.stem}_launch.o')
-        run(*compiler(), '-std=c++17', '-O1', '-fPIC', '-fvisibility=hidden', *defines, *includes, '-c', source,
-            '-o', objects[-1])  # fmt: skip
-    linked = folder / '_C_cuda.so'
-    plan = run(NVCC, '--dryrun', '-x', 'cu', '-c', os.devnull, '-o', os.devnull)
-    home = Path(next(line for line in plan.splitlines() if line.startswith('#$ TOP=')).split('=', 1)[1].strip())
-    search = [f'-L{path}' for path in (*cpp_extension.library_paths(), home / 'lib64', home / 'lib')]
-    run(*compiler(), '-shared', *objects, *search, '-lc10', '-ltorch_cpu', '-ltorch',
-        '-lcudart_static', '-ldl', '-lrt', '-lpthread', '-o', linked)  # fmt: skip
-    return linked
+    places = ('--build-lib', folder / 'lib', '--build-temp', folder / 'temp')
+    run(sys.executable, 'setup.py', '-q', 'build_ext', *places, BOLTZ_MM_CUDA='1')
+    (built,) = (folder / 'lib' / 'boltz_mm').glob('_C_cuda.*')
+    return built
 
 
 def test_kernels_and_launches_fit_together(library: Path) -> None:
@@ -85,8 +67,5 @@ def test_library_registers_every_operator(library: Path) -> None:
     source, stream = library.with_name('stream.cpp'), library.with_name('stream.so')
     source.write_text(STREAM)
     run(*compiler(), '-shared', '-fPIC', source, '-o', stream)
-    environment = os.environ | {'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-c', LOAD, str(stream), str(library), json.dumps(OPERATORS)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == OPERATORS
+    said = run(sys.executable, '-c', LOAD, stream, library, json.dumps(OPERATORS), PYTHONPATH=str(ROOT))
+    assert json.loads(said) == OPERATORS
