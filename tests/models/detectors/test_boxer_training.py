@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from mmdet.utils import reduce_mean
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -78,9 +79,12 @@ def train_one_rank(rank, port, folder):
     mine = slice(rank, rank + 1)  # the second process has no object
     for _ in range(2):  # a parameter without gradient would fail the second time
         model.zero_grad()
-        total(parallel(images[mine].double(), samples[mine], mode='loss')).backward()
+        losses = parallel(images[mine].double(), samples[mine], mode='loss')
+        total(losses).backward()
+    reported = {name: reduce_mean(value.detach()) for name, value in losses.items() if 'loss' in name}
     if rank == 0:
         torch.save({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, folder / 'gradients.pth')
+        torch.save(reported, folder / 'losses.pth')
     torch.distributed.destroy_process_group()
 
 
@@ -95,7 +99,10 @@ def test_two_processes_one_without_objects_train_as_one(tmp_path):
     model = build('masks-v1').double().train()
     images, samples = make_batch(num_objects=(4, 0))
     # The mean over processes of sums divided by the mean number of objects (4 / 2) is the sum divided by 4.
-    total(model.loss(images.double(), samples)).backward()
+    losses = model.loss(images.double(), samples)
+    total(losses).backward()
+    for name, value in torch.load(tmp_path / 'losses.pth', weights_only=True).items():
+        torch.testing.assert_close(value, losses[name].detach(), rtol=1e-6, atol=1e-6)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # mmdet adds the float32 epsilon to each normaliser, here to 2, there to 4.
