@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <optional>
@@ -25,6 +26,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kQueryBlock = 32;  // queries of a forward task
 constexpr int64_t kReadsToPack = 2;  // samples for each cell of value
+constexpr int64_t kScratchPerValue = 2;  // scratch memory of all threads, in times of a float64 value
+constexpr int64_t kSmallScratch = 64 << 20;  // bytes that are taken whatever the size of value
 
 const GridKernels* choose_kernels() {
 #ifdef BOLTZ_MM_X86_VARIANTS
@@ -98,8 +101,8 @@ class Call {
 
   // A contiguous tensor of the compute dtype with the expected number of elements.
   const void* input(const char* name, const Tensor& tensor, int64_t elements) {
-    STD_TORCH_CHECK(tensor.scalar_type() == compute_, name, " must have the compute dtype: float64 for a float64 value, ",
-                    "otherwise float32");
+    STD_TORCH_CHECK(tensor.scalar_type() == compute_, name,
+                    " must have the compute dtype: float64 for a float64 value, otherwise float32");
     return keep(name, tensor, elements);
   }
 
@@ -127,19 +130,16 @@ class Call {
   int64_t rows() const { return problem.batch * problem.queries * problem.heads; }
 
   void forward() {
-    choose_packing();
     const int64_t threads = torch::stable::get_num_threads(), maps = problem.batch * problem.heads;
-    if (problem.packed) {
-      problem.splits = maps ? (threads + maps - 1) / maps : 1;
-    } else {
-      problem.splits = (problem.queries + kQueryBlock - 1) / kQueryBlock;
-    }
+    // With many more threads than heads each would copy for itself; then they share what is there.
+    problem.packed = worth_packing() && threads <= 2 * maps;
+    problem.splits = problem.packed ? (threads + maps - 1) / maps : (problem.queries + kQueryBlock - 1) / kQueryBlock;
     in_threads((problem.packed ? maps : problem.batch) * problem.splits, 1, kernels_.forward_scratch(problem),
                kernels_.forward, problem);
   }
 
   void backward() {
-    choose_packing();
+    problem.packed = worth_packing();
     const int64_t scratch = kernels_.backward_scratch(problem);
     // The softmax passes need a small part of the scratch memory: without the map of a level.
     GridProblem rows_only = problem;
@@ -160,8 +160,8 @@ class Call {
   std::vector<int64_t> shapes_, starts_;
 
   // A head's part of value is copied where each cell is read several times.
-  void choose_packing() {
-    problem.packed = problem.queries * problem.levels * problem.points >= kReadsToPack * problem.cells;
+  bool worth_packing() const {
+    return problem.queries * problem.levels * problem.points >= kReadsToPack * problem.cells;
   }
 
   void read_levels(const Tensor& spatial_shapes) {
@@ -173,8 +173,8 @@ class Call {
       STD_TORCH_CHECK(height >= 0 && width >= 0 && height < INT32_MAX && width < INT32_MAX,
                       "spatial_shapes are out of range: level ", level, " is ", height, " x ", width);
       // Divided, because the product may overflow.
-      STD_TORCH_CHECK(height == 0 || width <= (problem.cells - total) / height, "spatial_shapes have more cells than value, which has ",
-                      problem.cells);
+      STD_TORCH_CHECK(height == 0 || width <= (problem.cells - total) / height,
+                      "spatial_shapes have more cells than value, which has ", problem.cells);
       shapes_.push_back(height);
       shapes_.push_back(width);
       starts_.push_back(total);
@@ -198,7 +198,10 @@ class Call {
     if (tasks == 0) return;
     const int64_t takes = (tasks + at_once - 1) / at_once;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t workers = threads < takes ? threads : takes;
+    // On a machine of many cores the scratch memory of all stays below a few times that of value.
+    const int64_t value_bytes = problem.batch * problem.cells * problem.heads * problem.depth * 8;
+    const int64_t fitting = 1 + (kScratchPerValue * value_bytes + kSmallScratch) / (scratch_bytes + 1);
+    const int64_t workers = std::min({threads, takes, fitting});
     // A tensor, so that it counts as memory of PyTorch; taken before the threads start, because an exception must not
     // leave a thread.
     const int64_t stride = (scratch_bytes + 127) / 64 * 64;

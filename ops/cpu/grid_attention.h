@@ -55,7 +55,8 @@ struct GridProblem {
 // Each function works on the tasks [begin, end) with scratch memory of its own.
 struct GridKernels {
   int64_t (*forward_scratch)(const GridProblem&);  // bytes
-  void (*forward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, h, split) packed, else (b, split)
+  // task: (b, h, split of the queries) where packed, else (b, split)
+  void (*forward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);
   int64_t (*backward_scratch)(const GridProblem&);
   void (*softmax)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, q, h)
   void (*backward)(const GridProblem&, int64_t begin, int64_t end, void* scratch);  // task: (b, h, l)

@@ -246,7 +246,9 @@ void softmax_levels(const C* logits, Index levels, C* weights) {
   for (Index level = 0; level < levels; ++level) store<4>(weights + 4 * level, V(load<4>(weights + 4 * level) / sum));
 }
 
-inline Index logits_per_level(const GridProblem& problem) { return problem.mode == Mode::instance ? 4 : problem.points; }
+inline Index logits_per_level(const GridProblem& problem) {
+  return problem.mode == Mode::instance ? 4 : problem.points;
+}
 
 // Quadrant of the grid, row-major, in which a point lies.
 inline Index quadrant(const GridProblem& problem, Index point) {
@@ -899,7 +901,8 @@ void softmax_backward(const GridProblem& problem, int64_t begin, int64_t end, vo
 
 template <typename T, typename C>
 constexpr GridKernels make_kernels() {
-  return {forward_scratch<T, C>, forward<T, C>, backward_scratch<T, C>, softmax<C>, backward<T, C>, softmax_backward<C>};
+  return {forward_scratch<T, C>, forward<T, C>,  backward_scratch<T, C>,
+          softmax<C>,            backward<T, C>, softmax_backward<C>};
 }
 
 }  // namespace
