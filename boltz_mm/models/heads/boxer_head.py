@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from boltz_mm.models.layers.mask_grid import mask_targets, paste_masks
 from boltz_mm.registry import MODELS
+from boltz_mm.utils.dtypes import at_least_float32
 
 MaskLogits = Callable[[int, list[Tensor]], Tensor]
 """Mask logits ``[R, m, m]`` of chosen queries of a decoder layer (-1 is the last): for each image the indexes ``[n_b]``
@@ -171,8 +172,8 @@ class BoxeRHead(BaseModule):
             Class logits ``[layers, B, Q, K]`` and boxes ``[layers, B, Q, 4]`` (cx, cy, w, h) in 0..1, float32 at
             least.
         """
-        cls_scores = _at_least_float32(self.cls_branch(hidden_states))
-        bbox_preds = _at_least_float32(self.reg_branch(hidden_states)) + inverse_sigmoid(references)
+        cls_scores = at_least_float32(self.cls_branch(hidden_states))
+        bbox_preds = at_least_float32(self.reg_branch(hidden_states)) + inverse_sigmoid(references)
         return cls_scores, bbox_preds.sigmoid()
 
     def forward_first_stage_boxes(self, memory: Tensor, ref_windows: Tensor, usable: Tensor) -> Tensor:
@@ -186,7 +187,7 @@ class BoxeRHead(BaseModule):
         Returns:
             ``[..., 4]`` (cx, cy, w, h) in 0..1, exactly 0 where not usable, float32 at least.
         """
-        boxes = _at_least_float32(self.enc_reg_branch(memory)) + inverse_sigmoid(ref_windows)
+        boxes = at_least_float32(self.enc_reg_branch(memory)) + inverse_sigmoid(ref_windows)
         return boxes.sigmoid().masked_fill(~usable.unsqueeze(-1), 0.0)
 
     def forward_masks(self, rois: Tensor, cls_scores: Tensor) -> Tensor:
@@ -251,7 +252,7 @@ class BoxeRHead(BaseModule):
         return self.loss_by_feat(
             cls_scores,
             bbox_preds,
-            _at_least_float32(first_stage.class_logits),
+            at_least_float32(first_stage.class_logits),
             enc_bbox_preds,
             [sample.gt_instances for sample in batch_data_samples],
             [sample.metainfo for sample in batch_data_samples],
@@ -525,10 +526,6 @@ def _box_mlp(embed_dims: int, num_fcs: int) -> nn.Sequential:
     for _ in range(num_fcs):
         layers += [nn.Linear(embed_dims, embed_dims), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(embed_dims, 4))
-
-
-def _at_least_float32(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def _take(values: Tensor, rows: Sequence[Tensor]) -> Tensor:

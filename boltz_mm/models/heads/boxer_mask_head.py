@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from boltz_mm.registry import MODELS
+from boltz_mm.utils.dtypes import at_least_float32
 
 
 @MODELS.register_module()
@@ -54,4 +55,4 @@ class BoxeRMaskHead(BaseModule):
         logits = torch.bmm(x.flatten(1, 3), weight.unsqueeze(-1)).squeeze(-1)  # [R, m * m * 4]
         logits = logits + cast(Tensor, self.conv_logits.bias)[labels].unsqueeze(-1)
         logits = logits.view(num_rois, size, size, 2, 2).transpose(2, 3).reshape(num_rois, 2 * size, 2 * size)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return at_least_float32(logits)

@@ -16,6 +16,8 @@ Held by the golden cases ``box_attention_*``, ``instance_attention_*`` and ``box
 """
 
 import math
+from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +27,14 @@ from torch import Tensor, nn
 from boltz_mm import ops
 from boltz_mm.models.layers.box_position import Shapes
 from boltz_mm.registry import MODELS
+from boltz_mm.utils.dtypes import at_least_float32
 
 # Predicted offsets are in eighths of the window; angle offsets in sixteenths of a turn.
 _OFFSET_SCALE = 8
 _ANGLE_SCALE = 16
 
 
-class _WindowAttention(BaseModule):
+class WindowAttention(BaseModule):
     """What the three attentions share: value projection, box and weight prediction, initialisation.
 
     Args:
@@ -112,7 +115,7 @@ class _WindowAttention(BaseModule):
     def _predict_offsets(self, query: Tensor) -> Tensor:
         """``[B, Q, C]`` to ``[B, Q, H, L, box_params]``, float32 at least."""
         offsets = F.linear(query, self.linear_box_weight, self.linear_box_bias)
-        return _at_least_float32(offsets).unflatten(-1, (self.num_heads, self.num_levels, self.box_params))
+        return at_least_float32(offsets).unflatten(-1, (self.num_heads, self.num_levels, self.box_params))
 
     def predict_boxes(self, query: Tensor, ref_windows: Tensor) -> Tensor:
         """Move and scale the reference windows.
@@ -129,15 +132,52 @@ class _WindowAttention(BaseModule):
     def predict_logits(self, query: Tensor) -> Tensor:
         """Weight logits of the points: ``[B, Q, C]`` to ``[B, Q, H, L, weights_per_box]``, float32 at least."""
         logits = F.linear(query, self.linear_attn_weight, self.linear_attn_bias)
-        return _at_least_float32(logits).unflatten(-1, (self.num_heads, self.num_levels, -1))
+        return at_least_float32(logits).unflatten(-1, (self.num_heads, self.num_levels, -1))
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor,
+        spatial_shapes: Shapes,
+        ref_windows: Tensor,
+        key_padding_mask: Tensor | None = None,
+        valid_ratios: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: ``[B, Q, C]``, position added.
+            value: ``[B, S, C]``, tokens of all levels.
+            spatial_shapes: Height and width of each level.
+            ref_windows: ``[B, Q, 4]`` or, one for each head, ``[B, Q, H, 4]`` as (cx, cy, w, h) in 0..1 of the
+                unpadded image; with an angle code in :class:`Box3dAttention`.
+            key_padding_mask: ``[B, S]`` bool, True at padding; ``None`` if nothing is padded.
+            valid_ratios: ``[B, L, 2]`` part of each level that is not padding, (x, y); ``None`` if nothing is padded.
+
+        Returns:
+            ``[B, Q, C]``.
+
+        Raises:
+            ValueError: The number of levels is not the one this module was built for.
+        """
+        self._check_levels(spatial_shapes)
+        projected = self.project_value(value, key_padding_mask)
+        return self.out_proj(self.attend(query, projected, spatial_shapes, ref_windows, valid_ratios))
+
+    @abstractmethod
+    def attend(
+        self,
+        query: Tensor,
+        projected: Tensor,
+        spatial_shapes: Shapes,
+        ref_windows: Tensor,
+        valid_ratios: Tensor | None = None,
+    ) -> Any:
+        """:meth:`forward` between the two projections: ``projected`` is what :meth:`project_value` gave."""
 
     def _check_levels(self, spatial_shapes: Shapes) -> None:
         if len(spatial_shapes) != self.num_levels:
             raise ValueError(f'built for {self.num_levels} levels, got spatial_shapes {spatial_shapes}')
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _per_head(ref_windows: Tensor) -> Tensor:
@@ -154,7 +194,7 @@ def _move_windows(windows: Tensor, offsets: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class BoxAttention(_WindowAttention):
+class BoxAttention(WindowAttention):
     """Attention to an m x m grid in a box that each head and level predicts from the query's window.
 
     Args:
@@ -183,36 +223,6 @@ class BoxAttention(_WindowAttention):
             init_cfg=init_cfg,
         )
 
-    def forward(
-        self,
-        query: Tensor,
-        value: Tensor,
-        spatial_shapes: Shapes,
-        ref_windows: Tensor,
-        key_padding_mask: Tensor | None = None,
-        valid_ratios: Tensor | None = None,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: ``[B, Q, C]``, position added.
-            value: ``[B, S, C]``, tokens of all levels.
-            spatial_shapes: Height and width of each level.
-            ref_windows: ``[B, Q, 4]`` or, one for each head, ``[B, Q, H, 4]`` as (cx, cy, w, h) in 0..1 of the
-                unpadded image.
-            key_padding_mask: ``[B, S]`` bool, True at padding; ``None`` if nothing is padded.
-            valid_ratios: ``[B, L, 2]`` part of each level that is not padding, (x, y); ``None`` if nothing is padded.
-
-        Returns:
-            ``[B, Q, C]``.
-
-        Raises:
-            ValueError: The number of levels is not the one this module was built for.
-        """
-        self._check_levels(spatial_shapes)
-        projected = self.project_value(value, key_padding_mask)
-        return self.out_proj(self.attend(query, projected, spatial_shapes, ref_windows, valid_ratios))
-
     def attend(
         self,
         query: Tensor,
@@ -233,7 +243,7 @@ class BoxAttention(_WindowAttention):
 
 
 @MODELS.register_module()
-class InstanceAttention(_WindowAttention):
+class InstanceAttention(WindowAttention):
     """Box attention that can also give the grid of features it looked at: one vector per point, for masks.
 
     The query predicts 2 x 2 logits for each head and level, each standing for a quadrant of the grid.  Their softmax
@@ -280,11 +290,10 @@ class InstanceAttention(_WindowAttention):
         Args:
             query: ``[B, Q, C]``, position added.
             value: ``[B, S, C]``, tokens of all levels.
-            spatial_shapes: Height and width of each level.
-            ref_windows: ``[B, Q, 4]`` or, one for each head, ``[B, Q, H, 4]`` as (cx, cy, w, h) in 0..1 of the
-                unpadded image.
-            key_padding_mask: ``[B, S]`` bool, True at padding; ``None`` if nothing is padded.
-            valid_ratios: ``[B, L, 2]`` part of each level that is not padding, (x, y); ``None`` if nothing is padded.
+            spatial_shapes: As in :meth:`BoxAttention.forward`, like the three that follow.
+            ref_windows: ``[B, Q, 4]`` or ``[B, Q, H, 4]``.
+            key_padding_mask: ``[B, S]`` bool or ``None``.
+            valid_ratios: ``[B, L, 2]`` or ``None``.
             mask_output: Whether to compute the mask features.
 
         Returns:
@@ -323,12 +332,15 @@ class InstanceAttention(_WindowAttention):
 
 
 @MODELS.register_module()
-class Box3dAttention(_WindowAttention):
+class Box3dAttention(WindowAttention):
     """Box attention in a bird's-eye view, where boxes are rotated about their centre.
 
     Two official oddities that trained weights rely on are kept: grid offsets are divided by 2, not by the grid size,
     and without predicted rotation the angle code of the window (0..1, which stands for a full turn) is taken as
     radians.
+
+    Reference windows are ``[B, Q, n]`` or, one for each head, ``[B, Q, H, n]`` with n >= 5: (cx, cy, w, h, angle code)
+    in 0..1; more is ignored.
 
     Args:
         embed_dims: Channels ``C``.
@@ -360,36 +372,6 @@ class Box3dAttention(_WindowAttention):
         )
         self.with_rotation = with_rotation
 
-    def forward(
-        self,
-        query: Tensor,
-        value: Tensor,
-        spatial_shapes: Shapes,
-        ref_windows: Tensor,
-        key_padding_mask: Tensor | None = None,
-        valid_ratios: Tensor | None = None,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query: ``[B, Q, C]``, position added.
-            value: ``[B, S, C]``, tokens of all levels.
-            spatial_shapes: Height and width of each level.
-            ref_windows: ``[B, Q, n]`` or, one for each head, ``[B, Q, H, n]`` with n >= 5: (cx, cy, w, h, angle code)
-                in 0..1, more is ignored.
-            key_padding_mask: ``[B, S]`` bool, True at padding; ``None`` if nothing is padded.
-            valid_ratios: ``[B, L, 2]`` part of each level that is not padding, (x, y); ``None`` if nothing is padded.
-
-        Returns:
-            ``[B, Q, C]``.
-
-        Raises:
-            ValueError: The number of levels is not the one this module was built for.
-        """
-        self._check_levels(spatial_shapes)
-        projected = self.project_value(value, key_padding_mask)
-        return self.out_proj(self.attend(query, projected, spatial_shapes, ref_windows, valid_ratios))
-
     def attend(
         self,
         query: Tensor,
@@ -411,7 +393,7 @@ class Box3dAttention(_WindowAttention):
         )
 
     def predict_rotated_boxes(self, query: Tensor, ref_windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Move, scale and rotate the reference windows; arguments as in :meth:`forward`.
+        """Move, scale and rotate the reference windows, see the class; ``query`` is ``[B, Q, C]``, position added.
 
         Returns:
             Boxes ``[B, Q, H, L, 4]`` and their angles ``[B, Q, H, L]`` in radians.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from boltz_mm.models.layers.box_attention import Box3dAttention, BoxAttention, InstanceAttention
+from boltz_mm.models.layers.box_attention import BoxAttention, InstanceAttention, WindowAttention
 from boltz_mm.models.layers.box_position import BoxPositionalEncoding, Shapes, shapes_on_device
 from boltz_mm.registry import MODELS
 
@@ -116,7 +116,7 @@ def _init_transformer(module: BaseModule) -> None:
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
     for child in module.modules():
-        if isinstance(child, BoxAttention | InstanceAttention | Box3dAttention):
+        if isinstance(child, WindowAttention):
             child.reset_parameters()
 
 
@@ -438,16 +438,16 @@ class BoxTransformerDecoder(BaseModule):
         valid_ratios: Tensor | None = None,
         roi_layers: Collection[int] | None = None,
     ) -> DecoderOutput:
-        """Run all layers.
+        """Run all layers; arguments but the last as in :meth:`BoxTransformerDecoderLayer.forward`.
 
         Args:
-            target: ``[B, Q, C]`` queries.
-            query_pos: ``[B, Q, C]`` their position embedding.
-            memory: ``[B, S, C]`` tokens of all levels.
+            target: ``[B, Q, C]``.
+            query_pos: ``[B, Q, C]``.
+            memory: ``[B, S, C]``.
             spatial_shapes: Height and width of each level.
-            ref_windows: ``[B, Q, 4]`` windows of the queries.
-            key_padding_mask: ``[B, S]`` bool, True at padding; ``None`` if nothing is padded.
-            valid_ratios: ``[B, L, 2]``; ``None`` if nothing is padded.
+            ref_windows: ``[B, Q, 4]``.
+            key_padding_mask: ``[B, S]`` bool or ``None``.
+            valid_ratios: ``[B, L, 2]`` or ``None``.
             roi_layers: Layers whose mask features will be asked for (each keeps its projected memory alive); all if
                 not given.
 
