@@ -1,1 +1,1 @@
-"""What a user holds: inferencers and predictors."""
+"""What a user holds: models built from config and checkpoint, and measurements of them."""

@@ -1,3 +1,7 @@
 """Datasets and their transforms."""
 
-from boltz_mm.datasets import checked_coco, coco_category_id, transforms  # noqa: F401
+from boltz_mm.datasets import transforms  # noqa: F401  registers
+from boltz_mm.datasets.checked_coco import CheckedCocoDataset, DatasetError
+from boltz_mm.datasets.coco_category_id import CocoCategoryIdDataset
+
+__all__ = ['CheckedCocoDataset', 'CocoCategoryIdDataset', 'DatasetError']

@@ -1,4 +1,4 @@
-"""Hooks, loops, schedulers and optimizer constructors."""
+"""Hooks, optimizer wrappers, and what they need: atomic files, seeds of samples."""
 
 from boltz_mm.engine import hooks, optimizers  # noqa: F401
 from boltz_mm.utils.restricted_loading import use_restricted_loading

@@ -1,13 +1,11 @@
 """Registered model parts, by role."""
 
-from boltz_mm.models import (  # noqa: F401
+from boltz_mm.models import (  # noqa: F401  registers
     backbones,
-    data_preprocessors,
     detectors,
     heads,
     layers,
     losses,
     necks,
-    segmentors,
     task_modules,
 )

@@ -1,1 +1,1 @@
-"""Visualizers and pictures."""
+"""Pictures: detections beside the truth, attended boxes, curves of training logs."""

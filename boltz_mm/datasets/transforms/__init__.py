@@ -1,3 +1,22 @@
-"""Data transforms."""
+"""Data transforms, and the one source of their random draws."""
 
-from boltz_mm.datasets.transforms import boxer, draws  # noqa: F401
+from boltz_mm.datasets.transforms.boxer import (
+    BoxeRRandomChoice,
+    BoxeRRandomCrop,
+    BoxeRRandomFlip,
+    BoxeRRandomResize,
+    BoxeRResize,
+    BoxeRScaleJitter,
+)
+from boltz_mm.datasets.transforms.draws import Draws, RecordedDraws
+
+__all__ = [
+    'BoxeRRandomChoice',
+    'BoxeRRandomCrop',
+    'BoxeRRandomFlip',
+    'BoxeRRandomResize',
+    'BoxeRResize',
+    'BoxeRScaleJitter',
+    'Draws',
+    'RecordedDraws',
+]

@@ -1,3 +1,9 @@
-"""Optimizer wrappers, constructors and parameter schedulers."""
+"""Optimizer wrappers."""
 
-from boltz_mm.engine.optimizers.finite_optim_wrapper import FiniteAmpOptimWrapper, FiniteOptimWrapper  # noqa: F401
+from boltz_mm.engine.optimizers.finite_optim_wrapper import (
+    FiniteAmpOptimWrapper,
+    FiniteOptimWrapper,
+    NonFiniteGradientError,
+)
+
+__all__ = ['FiniteAmpOptimWrapper', 'FiniteOptimWrapper', 'NonFiniteGradientError']

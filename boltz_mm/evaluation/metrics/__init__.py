@@ -1,3 +1,5 @@
 """Metrics."""
 
-from boltz_mm.evaluation.metrics import coco_category_id_metric  # noqa: F401
+from boltz_mm.evaluation.metrics.coco_category_id_metric import CheckedCocoMetric, CocoCategoryIdMetric
+
+__all__ = ['CheckedCocoMetric', 'CocoCategoryIdMetric']

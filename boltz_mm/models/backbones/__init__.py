@@ -1,3 +1,5 @@
 """Registered backbones."""
 
-from boltz_mm.models.backbones import pillar_net  # noqa: F401
+from boltz_mm.models.backbones.pillar_net import PillarNet
+
+__all__ = ['PillarNet']

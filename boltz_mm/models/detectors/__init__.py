@@ -1,4 +1,6 @@
 """Registered detectors."""
 
-from boltz_mm.models.detectors.boxer import BoxeR  # noqa: F401
-from boltz_mm.models.detectors.boxer3d import BoxeR3D  # noqa: F401
+from boltz_mm.models.detectors.boxer import BoxeR
+from boltz_mm.models.detectors.boxer3d import BoxeR3D
+
+__all__ = ['BoxeR', 'BoxeR3D']

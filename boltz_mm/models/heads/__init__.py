@@ -1,3 +1,7 @@
 """Registered heads."""
 
-from boltz_mm.models.heads import boxer3d_head, boxer_head, boxer_mask_head  # noqa: F401
+from boltz_mm.models.heads.boxer3d_head import BoxeR3DHead
+from boltz_mm.models.heads.boxer_head import BoxeRHead
+from boltz_mm.models.heads.boxer_mask_head import BoxeRMaskHead
+
+__all__ = ['BoxeR3DHead', 'BoxeRHead', 'BoxeRMaskHead']

@@ -1,9 +1,34 @@
 """Registered layers."""
 
-from boltz_mm.models.layers import (  # noqa: F401
-    box3d_transformer,
-    box_attention,
-    box_position,
-    box_transformer,
-    deform_attention,
+from boltz_mm.models.layers.box3d_transformer import (
+    Box3dTransformerDecoder,
+    Box3dTransformerDecoderLayer,
+    Box3dTransformerEncoder,
+    Box3dTransformerEncoderLayer,
 )
+from boltz_mm.models.layers.box_attention import Box3dAttention, BoxAttention, InstanceAttention
+from boltz_mm.models.layers.box_position import BoxPositionalEncoding
+from boltz_mm.models.layers.box_transformer import (
+    BoxTransformerDecoder,
+    BoxTransformerDecoderLayer,
+    BoxTransformerEncoder,
+    BoxTransformerEncoderLayer,
+)
+from boltz_mm.models.layers.deform_attention import NativeMultiScaleDeformableAttention, native_deform_attention
+
+__all__ = [
+    'Box3dAttention',
+    'Box3dTransformerDecoder',
+    'Box3dTransformerDecoderLayer',
+    'Box3dTransformerEncoder',
+    'Box3dTransformerEncoderLayer',
+    'BoxAttention',
+    'BoxPositionalEncoding',
+    'BoxTransformerDecoder',
+    'BoxTransformerDecoderLayer',
+    'BoxTransformerEncoder',
+    'BoxTransformerEncoderLayer',
+    'InstanceAttention',
+    'NativeMultiScaleDeformableAttention',
+    'native_deform_attention',
+]

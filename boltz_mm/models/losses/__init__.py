@@ -1,3 +1,5 @@
 """Registered losses."""
 
-from boltz_mm.models.losses import box3d_giou_loss  # noqa: F401
+from boltz_mm.models.losses.box3d_giou_loss import Box3dGIoULoss
+
+__all__ = ['Box3dGIoULoss']

@@ -1,3 +1,5 @@
 """Registered necks."""
 
-from boltz_mm.models.necks.boxer_neck import BoxeRNeck  # noqa: F401
+from boltz_mm.models.necks.boxer_neck import BoxeRNeck
+
+__all__ = ['BoxeRNeck']

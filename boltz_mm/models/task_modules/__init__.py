@@ -1,8 +1,7 @@
-"""Registered task modules."""
+"""Registered task modules: coders, match costs, assigners."""
 
-from boltz_mm.models.task_modules import (  # noqa: F401
-    box3d_coder,
-    box3d_match_costs,
-    box3d_overlaps,
-    reduced_hungarian_assigner,
-)
+from boltz_mm.models.task_modules.box3d_coder import Box3dCoder
+from boltz_mm.models.task_modules.box3d_match_costs import Box3dGIoUCost, Box3dL1Cost
+from boltz_mm.models.task_modules.reduced_hungarian_assigner import ReducedHungarianAssigner
+
+__all__ = ['Box3dCoder', 'Box3dGIoUCost', 'Box3dL1Cost', 'ReducedHungarianAssigner']

@@ -1,1 +1,0 @@
-"""Data elements that cross module borders."""
