@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 
@@ -34,8 +35,6 @@ def build_model(
     Raises:
         boltz_mm.utils.checkpoint.CheckpointError: If the file cannot be read or does not fit the model.
     """
-    from mmengine.device import get_device
-
     init_default_scope(cfg.get('default_scope') or 'mmdet')
     model_cfg = copy.deepcopy(cfg.model)
     if model_cfg.get('backbone', {}).get('init_cfg') is not None:

@@ -18,14 +18,14 @@ class NonFiniteLossError(RuntimeError):
 class NonFiniteLossHook(Hook):
     """End training with one error when a loss is NaN or infinite.
 
-    Runs before checkpoints are written, so the last one stays good.  With :class:`boltz_mm.FiniteOptimWrapper` the
+    Runs before checkpoints are written, so the last one stays good.  With ``boltz_mm.FiniteOptimWrapper`` the
     weights are good as well, because the step of such a loss is not taken::
 
         custom_hooks = [dict(type='boltz_mm.NonFiniteLossHook')]
 
     Args:
         patience: How many such iterations in a row to let pass with a warning; more only makes sense together with
-            :class:`boltz_mm.FiniteOptimWrapper`.
+            ``boltz_mm.FiniteOptimWrapper``.
     """
 
     priority = 'ABOVE_NORMAL'

@@ -19,8 +19,8 @@ from boltz_mm.registry import HOOKS
 class SaveOnSignalHook(Hook):
     """On SIGTERM finish the iteration, save ``interrupted.pth`` and exit with status 128 + signal number.
 
-    ``--resume`` goes on from there, in the middle of the epoch, and exactly with :class:`boltz_mm.RNGStateHook`.
-    Needs :class:`boltz_mm.AtomicCheckpointHook`::
+    ``--resume`` goes on from there, in the middle of the epoch, and exactly with ``boltz_mm.RNGStateHook``.
+    Needs ``boltz_mm.AtomicCheckpointHook``::
 
         custom_hooks = [dict(type='boltz_mm.SaveOnSignalHook', signals=('SIGTERM', 'SIGUSR1'))]
 

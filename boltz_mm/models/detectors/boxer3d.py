@@ -51,9 +51,8 @@ class BoxeR3D(BaseModel):
 
     Args:
         backbone: Config of the network from points to maps; ``None`` for a model that takes maps only.
-        neck: Config of the projection of the backbone's maps to the transformer's channels; published: a 1 x 1
-            convolution with bias and group norm, which is mmdet's ``ChannelMapper`` with ``kernel_size=1, bias=True,
-            act_cfg=None, norm_cfg=dict(type='GN', num_groups=32)``.
+        neck: Config of the projection of the backbone's maps to the transformer's channels, see
+            :class:`boltz_mm.models.necks.BoxeRNeck` (published: 1 x 1 convolution with bias, group norm).
         encoder: Config of the encoder; the published one by default.
         decoder: Config of the decoder; the published one by default.
         bbox_head: Config of the head; the published one by default.

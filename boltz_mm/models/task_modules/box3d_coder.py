@@ -1,7 +1,11 @@
 """Boxes of a point cloud in metres, and as the seven numbers in 0..1 that BoxeR-3D predicts.
 
-Source: BoxeR, official files ``dataset/waymo.py`` (targets) and its evaluation (predictions); section 12 of the
-Waymo recipe: centre ``(c - min) / extent``, size ``/ extent``, heading wrapped to +-pi, then ``(h + pi) / (2 pi)``.
+Source: BoxeR, official file ``dataset/waymo.py`` (targets, and boxes of predictions in its evaluation).  With the range
+of the point cloud as (min, extent), the code of a box is
+
+    centre   (c - min) / extent,
+    size     s / extent,
+    heading  (h + pi) / (2 pi), with h wrapped to -pi..pi.
 """
 
 import math

@@ -17,18 +17,14 @@ model = dict(
         stage_channels=(256, 512, 1024),
         stage_strides=(1, 2, 2),
         out_indices=(1, 2),
-        # Published: synchronised norms.  mmengine's --sync_bn converts these when several processes train.
+        # Published: synchronised norms.  With sync_bn = 'torch' in a config, mmengine converts these in distributed runs.
         norm_cfg=dict(type='BN', eps=1e-3, momentum=0.01),
     ),
     neck=dict(
-        type='ChannelMapper',
+        type='boltz_mm.BoxeRNeck',
         in_channels=[512, 1024],
         out_channels=256,
-        kernel_size=1,
-        bias=True,
-        act_cfg=None,
         norm_cfg=dict(type='GN', num_groups=32),
-        num_outs=2,
     ),
     encoder=dict(type='boltz_mm.Box3dTransformerEncoder', num_layers=2, layer_cfg=layer_cfg),
     decoder=dict(type='boltz_mm.Box3dTransformerDecoder', num_layers=2, layer_cfg=layer_cfg),
