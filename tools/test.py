@@ -13,14 +13,14 @@ from boltz_mm.utils import launch
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description='Test (and evaluate) a model')
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='path or address of the checkpoint')
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions to a pickle file')
     parser.add_argument('--show', action='store_true', help='show the predictions in windows')
     parser.add_argument('--show-dir', help='write pictures of the predictions to WORK_DIR/TIMESTAMP/SHOW_DIR')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds between two windows of --show')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    launch.add_common_arguments(parser)
+    launch.add_run_arguments(parser)
     return parser.parse_args()
 
 

@@ -10,7 +10,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     # The word "gpus" with two dashes must not occur in this help: mim would add an argument of that name.
     parser = argparse.ArgumentParser(description='Train a model')
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
@@ -20,7 +20,7 @@ def parse_args() -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='go on from this checkpoint; without a value, from the newest one in the working directory',
     )
-    launch.add_common_arguments(parser)
+    launch.add_run_arguments(parser)
     return parser.parse_args()
 
 

@@ -1,9 +1,9 @@
-"""What the training and the test script share: one way to read a config, and one clear sentence for a wrong argument.
+"""What the scripts share: one way to read a config, and one clear sentence for a wrong argument.
 
-The arguments are those of mmdet's ``tools/train.py`` and ``tools/test.py``, so that mim, launchers and people find what
-they know.  Three deviations: a missing file ends with a sentence, ``--amp`` keeps an optimizer wrapper that has a
-mixed-precision form of its own, and inside a source checkout the config is dumped as ``config.py`` (see
-:func:`name_dumped_config`).
+The arguments of training and testing are those of mmdet's ``tools/train.py`` and ``tools/test.py``, so that mim,
+launchers and people find what they know.  Three deviations: a missing file ends with a sentence, ``--amp`` keeps an
+optimizer wrapper that has a mixed-precision form of its own, and inside a source checkout the config is dumped as
+``config.py`` (see :func:`name_dumped_config`).
 """
 
 import argparse
@@ -29,10 +29,15 @@ def stop(sentence: str) -> NoReturn:
     raise SystemExit(f'error: {sentence}')
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that both scripts have, in both spellings of the local rank."""
-    parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config and ``--cfg-options``, what every script with a config begins with."""
+    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help=_CFG_OPTIONS_HELP)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what training and testing have in common, with both spellings of the local rank."""
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and metrics')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     # torch.distributed.launch passes --local-rank since torch 2.0, --local_rank before
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)

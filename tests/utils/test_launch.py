@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument('config')
-    launch.add_common_arguments(parser)
+    launch.add_config_arguments(parser)
+    launch.add_run_arguments(parser)
     return parser.parse_args(words)
 
 

@@ -8,7 +8,6 @@ import argparse
 import time
 from pathlib import Path
 
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
@@ -19,7 +18,7 @@ from boltz_mm.utils import launch
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('--checkpoint', help='weights (inference only; default: the initial ones)')
     parser.add_argument('--task', choices=['inference', 'dataloader', 'dataset'], default='dataloader')
     parser.add_argument('--repeat-num', type=int, default=1, help='measure so many times and average')
@@ -30,7 +29,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--dataset-type', choices=['train', 'val', 'test'], default='test')
     parser.add_argument('--work-dir', help='write the log to this folder too')
     parser.add_argument('--device', help='where the model runs (default: an accelerator if there is one)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     parser.add_argument('--launcher', choices=['none'], default='none', help='one process is measured')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from boltz_mm.utils import launch
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('--output-dir', help='write the pictures to this folder')
     parser.add_argument('--not-show', action='store_true', help='open no windows')
     parser.add_argument('--show-interval', type=float, default=2, help='seconds between two windows')
@@ -34,7 +33,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--phase', choices=['train', 'val', 'test'], default='train', help='which dataset (default: train)'
     )
     parser.add_argument('--num-images', type=int, help='stop after so many images')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     return parser.parse_args(argv)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from mmengine.analysis.print_helper import _format_size
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.runner import Runner
 from tqdm import tqdm
 
@@ -23,7 +23,7 @@ from boltz_mm.utils import launch
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('--num-images', type=int, default=100, help='average over so many images of the val set')
     parser.add_argument(
         '--shape', type=int, nargs='+', metavar=('HEIGHT', 'WIDTH'),
@@ -33,7 +33,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--mode', choices=['predict', 'tensor'], default='predict',
         help='predict: what inference computes; tensor: raw outputs of all queries, as mmdet counts',
     )  # fmt: skip
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
     if args.shape is not None and (len(args.shape) > 2 or min(args.shape) < 1):
         parser.error(f'--shape takes one or two positive numbers, got {args.shape}')

@@ -7,7 +7,6 @@ Example:
 import argparse
 
 import mmcv
-from mmengine.config import DictAction
 from mmengine.dataset import Compose, pseudo_collate
 
 import boltz_mm  # noqa: F401  before the config is read: its bases may say boltz_mm::
@@ -17,7 +16,7 @@ from boltz_mm.utils import launch
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='weights of the model')
     parser.add_argument('image', help='image file')
     parser.add_argument('--out', default='box_attention.png', help='picture to write (default: %(default)s)')
@@ -27,7 +26,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--decoder-layer', type=int, default=-1, help='default: the last')
     parser.add_argument('--dpi', type=int, default=130, help='dots per inch (default: %(default)s)')
     parser.add_argument('--device', help='where the model runs (default: an accelerator if there is one)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,6 @@ import argparse
 
 import mmcv
 import torch
-from mmengine.config import DictAction
 from mmengine.dataset import pseudo_collate
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ from boltz_mm.utils import launch
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='weights of the model')
     parser.add_argument('--out', default='detections.png', help='picture to write (default: %(default)s)')
     parser.add_argument('--num-images', type=int, default=12, help='how many images (default: %(default)s)')
@@ -27,7 +26,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--columns', type=int, default=2, help='pairs in a row (default: %(default)s)')
     parser.add_argument('--score-thr', type=float, default=0.3, help='least score (default: %(default)s)')
     parser.add_argument('--device', help='where the model runs (default: an accelerator if there is one)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     return parser.parse_args(argv)
 
 

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
-
 import boltz_mm  # noqa: F401  before the config is read: its bases may say boltz_mm::
 from boltz_mm.utils import launch
 
@@ -12,9 +10,8 @@ from boltz_mm.utils import launch
 def main() -> None:
     """Read, override, print, and save if asked."""
     parser = argparse.ArgumentParser(description='Print the whole config')
-    parser.add_argument('config', help='path of the config, or boltz_mm::NAME')
+    launch.add_config_arguments(parser)
     parser.add_argument('--save-path', help='also write it to this .py, .json or .yml file')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings')
     args = parser.parse_args()
     cfg = launch.load_config(args.config, args.cfg_options)
     print(f'Config:\n{cfg.pretty_text}')
