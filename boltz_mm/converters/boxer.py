@@ -250,16 +250,20 @@ def infer_boxer_config(
     Raises:
         ValueError: The state dict is not that of a whole model with a ResNet.
     """
-    num_classes, embed_dims = _shape(state, 'bbox_head.cls_branch.weight')
-    in_channels = [_shape(state, f'neck.convs.{i}.conv.weight')[1] for i in range(count_modules(state, 'neck.convs.'))]
+    num_classes, embed_dims = shape_of(state, 'bbox_head.cls_branch.weight')
+    in_channels = [
+        shape_of(state, f'neck.convs.{i}.conv.weight')[1] for i in range(count_modules(state, 'neck.convs.'))
+    ]
+    if not in_channels:
+        raise ValueError("the state dict is not of a whole BoxeR: 'neck.convs' is missing")
     num_levels = len(in_channels) + count_modules(state, 'neck.extra_convs.')
     with_mask = 'bbox_head.mask_head.conv.weight' in state
-    num_heads = _shape(state, 'encoder.layers.0.self_attn.linear_box_bias')[0] // (4 * num_levels)
+    num_heads = shape_of(state, 'encoder.layers.0.self_attn.linear_box_bias')[0] // (4 * num_levels)
     layer = {
         'embed_dims': embed_dims,
         'num_heads': num_heads,
         'num_levels': num_levels,
-        'feedforward_channels': _shape(state, 'encoder.layers.0.linear1.weight')[0],
+        'feedforward_channels': shape_of(state, 'encoder.layers.0.linear1.weight')[0],
     }
     depths = {(2, False): 18, (6, False): 34, (6, True): 50, (23, True): 101, (36, True): 152}
     blocks = count_modules(state, 'backbone.layer3.')
@@ -272,8 +276,8 @@ def infer_boxer_config(
         'backbone': {
             'type': 'mmdet.ResNet',
             'depth': depths[blocks, bottleneck],
-            'stem_channels': _shape(state, 'backbone.conv1.weight')[0],
-            'base_channels': _shape(state, 'backbone.layer1.0.conv1.weight')[0],
+            'stem_channels': shape_of(state, 'backbone.conv1.weight')[0],
+            'base_channels': shape_of(state, 'backbone.layer1.0.conv1.weight')[0],
             'out_indices': tuple(range(4 - len(in_channels), 4)),
             'frozen_stages': -1,
             'norm_cfg': {'type': 'BN', 'requires_grad': False},
@@ -301,7 +305,12 @@ def infer_boxer_config(
     }
 
 
-def _shape(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    """Shape of a tensor that every whole model has.
+
+    Raises:
+        ValueError: It is missing.
+    """
     if key not in state:
         raise ValueError(f'the state dict is not of a whole BoxeR: {key!r} is missing')
     return tuple(state[key].shape)

@@ -9,7 +9,7 @@ pillars, strides or the number of queries.
 import re
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from boltz_mm.converters.boxer import (
     ConversionReport,
@@ -17,6 +17,7 @@ from boltz_mm.converters.boxer import (
     compare_with_model,
     count_modules,
     official_state_dict,
+    shape_of,
 )
 
 # Official prefix and ours; {0} and {1} stand for numbers.
@@ -68,8 +69,14 @@ def convert_boxer3d(container: Mapping, model: nn.Module | None = None) -> tuple
     return state, report
 
 
-def export_boxer3d(state: Mapping) -> StateDict:
+def export_boxer3d(state: Mapping[str, Tensor]) -> StateDict:
     """Rename our state dict to the official layout (without container and prefix).
+
+    Args:
+        state: State dict of :class:`boltz_mm.models.detectors.BoxeR3D`.
+
+    Returns:
+        The official state dict.
 
     Raises:
         ValueError: A key has no official name.
@@ -102,7 +109,7 @@ def _replace_prefix(key: str, prefixes: Iterable[tuple[str, str]]) -> str | None
     return None
 
 
-def infer_boxer3d_config(state: Mapping, **backbone: object) -> dict:
+def infer_boxer3d_config(state: Mapping[str, Tensor], **backbone: object) -> dict:
     """A config of ``boltz_mm.BoxeR3D`` that fits a converted state dict.
 
     Args:
@@ -112,23 +119,26 @@ def infer_boxer3d_config(state: Mapping, **backbone: object) -> dict:
 
     Returns:
         Config for ``MODELS.build``.
+
+    Raises:
+        ValueError: The state dict is not that of a whole model.
     """
-    num_classes, width = state['bbox_head.cls_branch.weight'].shape
+    num_classes, width = shape_of(state, 'bbox_head.cls_branch.weight')
     pillar_layers = count_modules(state, 'backbone.reader.pfn_layers.')
-    units = [len(state[f'backbone.reader.pfn_layers.{i}.linear.weight']) for i in range(pillar_layers)]
+    units = [shape_of(state, f'backbone.reader.pfn_layers.{i}.linear.weight')[0] for i in range(pillar_layers)]
     stages = range(count_modules(state, 'backbone.stages.'))
-    stage_channels = [len(state[f'backbone.stages.{i}.0.conv.weight']) for i in stages]
+    stage_channels = [shape_of(state, f'backbone.stages.{i}.0.conv.weight')[0] for i in stages]
     levels = count_modules(state, 'neck.convs.')
     layer = {
         'embed_dims': width,
         'num_levels': levels,
-        'feedforward_channels': len(state['encoder.layers.0.linear1.weight']),
+        'feedforward_channels': shape_of(state, 'encoder.layers.0.linear1.weight')[0],
     }
     head: dict = {
         'type': 'boltz_mm.BoxeR3DHead',
         'num_classes': num_classes,
         'embed_dims': width,
-        'num_anchors': len(state['bbox_head.enc_cls_branch.weight']),
+        'num_anchors': shape_of(state, 'bbox_head.enc_cls_branch.weight')[0],
     }
     if 'point_cloud_range' in backbone:
         head['bbox_coder'] = {'type': 'boltz_mm.Box3dCoder', 'point_cloud_range': backbone['point_cloud_range']}
@@ -136,7 +146,7 @@ def infer_boxer3d_config(state: Mapping, **backbone: object) -> dict:
         'type': 'boltz_mm.BoxeR3D',
         'backbone': {
             'type': 'boltz_mm.PillarNet',
-            'in_channels': state['backbone.reader.pfn_layers.0.linear.weight'].shape[1] - 5,
+            'in_channels': shape_of(state, 'backbone.reader.pfn_layers.0.linear.weight')[1] - 5,
             'feat_channels': [2 * n for n in units[:-1]] + units[-1:],
             'stage_layers': [count_modules(state, f'backbone.stages.{i}.') for i in stages],
             'stage_channels': stage_channels,

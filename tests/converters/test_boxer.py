@@ -153,6 +153,12 @@ def test_config_of_a_backbone_file_is_refused(official):
         infer_boxer_config(convert_boxer(backbone)[0])
 
 
+def test_config_without_a_neck_is_refused(official):
+    state = {k: v for k, v in convert_boxer(official)[0].items() if not k.startswith('neck.')}
+    with pytest.raises(ValueError, match="'neck.convs' is missing"):
+        infer_boxer_config(state)
+
+
 @pytest.fixture
 def run_tool(monkeypatch, capsys):
     """Run the tool in this process: exit status and what it printed."""
@@ -198,3 +204,33 @@ def test_command_line_writes_nothing_if_keys_do_not_fit(tmp_path, official, run_
     assert not target.exists()
     assert run_tool(source, target, '--force')[0] == 1
     assert target.exists()
+
+
+@pytest.mark.parametrize(
+    ('content', 'sentence'),
+    [
+        (b'', 'the file is empty'),
+        ({'fc.weight': torch.ones(3)}, 'no weights of BoxeR'),
+        (None, 'there is no such file'),
+    ],
+    ids=['empty', 'another model', 'missing'],
+)
+def test_command_line_says_what_is_wrong_in_one_sentence(tmp_path, run_tool, content, sentence):
+    source, target = tmp_path / 'source.pth', tmp_path / 'ours.safetensors'
+    if isinstance(content, bytes):
+        source.write_bytes(content)
+    elif content is not None:
+        torch.save(content, source)
+    status, _, err = run_tool(source, target)
+    assert status == 1
+    assert err.count('\n') == 1
+    assert err.startswith(f'{source}: ')
+    assert sentence in err
+    assert not target.exists()
+
+
+def test_command_line_names_a_target_that_cannot_be_written(tmp_path, run_tool):
+    (tmp_path / 'file').touch()
+    status, _, err = run_tool(GOLDEN / 'boxer2d_det' / 'weights.pth', tmp_path / 'file' / 'ours.safetensors')
+    assert status == 1
+    assert err.startswith(f'could not write {tmp_path / "file" / "ours.safetensors"}: ')

@@ -15,16 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from boltz_mm.converters.boxer import (
-    convert_boxer,
-    export_boxer,
-    infer_boxer_config,
-    official_state_dict,
-)
+from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config, official_state_dict
 from boltz_mm.converters.boxer3d import convert_boxer3d, export_boxer3d, infer_boxer3d_config
 from boltz_mm.datasets.coco_category_id import CocoCategoryIdDataset
 from boltz_mm.registry import MODELS
-from boltz_mm.utils.checkpoint import atomic_save, read_checkpoint, save_safetensors, state_dict_of
+from boltz_mm.utils.checkpoint import CheckpointError, atomic_save, read_checkpoint, save_safetensors, state_dict_of
+from boltz_mm.utils.files import WriteError
 
 
 class Converter(NamedTuple):
@@ -77,13 +73,12 @@ def convert(source: str) -> tuple[dict[str, torch.Tensor], dict, bool]:
     return state, meta, report.complete
 
 
-def main() -> int:
+def run(args: argparse.Namespace) -> int:
     """Convert one file.
 
     Returns:
         Exit status: 0 if everything found its place, otherwise 1.
     """
-    args = parse_args()
     target = args.target or f'{PurePosixPath(args.source).stem}.safetensors'
     if args.reverse:
         ours = state_dict_of(read_checkpoint(args.source), args.source)
@@ -101,6 +96,20 @@ def main() -> int:
         save_safetensors(state, target, meta)
     print(f'written to {target}')
     return 0 if complete else 1
+
+
+def main() -> int:
+    """Read the command line and convert; returns the exit status."""
+    args = parse_args()
+    try:
+        return run(args)
+    except CheckpointError as error:  # names the file
+        print(error, file=sys.stderr)
+    except WriteError as error:
+        print(error.strerror, file=sys.stderr)
+    except ValueError as error:
+        print(f'{args.source}: {error}', file=sys.stderr)
+    return 1
 
 
 if __name__ == '__main__':
