@@ -26,6 +26,11 @@ _PARTS = (
     ('onnx', 'onnx', 'export'),
     ('onnxruntime', 'onnxruntime', 'running exports'),
 )
+_PIP_ARGUMENTS = {
+    'onedl-mmcv': '--no-build-isolation onedl-mmcv',  # is compiled against the torch that is there
+    'torchvision': '--no-deps torchvision',  # would bring a torch of its own
+    'transformers': '"transformers<5"',  # mmpretrain does not work with 5
+}
 
 
 def collect_env() -> dict[str, str]:
@@ -41,7 +46,8 @@ def collect_env() -> dict[str, str]:
     env.update(_torch_env())
     for distribution, module, purpose in _PARTS:
         found = _version(distribution)
-        env[module] = found if found != 'missing' else f'missing ({purpose}): pip install {distribution}'
+        arguments = _PIP_ARGUMENTS.get(distribution, distribution)
+        env[module] = found if found != 'missing' else f'missing ({purpose}): pip install {arguments}'
     return env
 
 

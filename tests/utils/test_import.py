@@ -57,3 +57,17 @@ def test_collect_env_without_torch() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith('missing') and 'pip install torch' in result.stdout
+
+
+def test_collect_env_does_not_advise_what_would_replace_torch() -> None:
+    code = """
+import importlib.metadata
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = missing
+from boltz_mm.utils.collect_env import collect_env
+print(collect_env()['torchvision'])
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith('pip install --no-deps torchvision')
