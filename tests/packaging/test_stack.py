@@ -8,10 +8,22 @@ import pytest
 
 PACKAGES = [f'{name}.{part}' for name in ('mmdet', 'mmseg', 'mmpretrain') for part in ('apis', 'datasets', 'models')]
 
-OPTIONAL = """
-    mim mmcv.ops nibabel onnx onnxruntime onnxscript psutil pycocotools pydicom safetensors scipy skimage
-    torch.utils.tensorboard transformers
-""".split()
+OPTIONAL = [
+    'mim',
+    'mmcv.ops',
+    'nibabel',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'psutil',
+    'pycocotools',
+    'pydicom',
+    'safetensors',
+    'scipy',
+    'skimage',
+    'torch.utils.tensorboard',
+    'transformers',
+]
 
 
 @pytest.mark.slow
