@@ -22,7 +22,7 @@ mim run boltz_mm make_shapes --out data/shapes --train 600 --val 200 --size 128 
 step "Training $config"
 mim train boltz_mm $config --work-dir $work ${options[@]+"${options[@]}"}
 
-checkpoint=$(ls -t $work/best_coco_bbox_mAP_*.pth | head -n 1)
+checkpoint=$(cat $work/last_checkpoint) # the last, not the one that happens to be best on these images
 step "Evaluating $checkpoint on the validation images"
 mim test boltz_mm $config --checkpoint "$checkpoint" --work-dir $work/test
 

@@ -23,7 +23,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(batch_size=4, num_workers=1, dataset=dict(pipeline=pipeline, **eight))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=data_root + '/' + ann_file)
+val_evaluator = dict(ann_file=data_root + '/' + ann_file, seen_images_only=True)
 test_evaluator = val_evaluator
 
 # Two updates an epoch: 1200 updates.

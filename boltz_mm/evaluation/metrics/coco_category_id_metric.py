@@ -5,6 +5,7 @@ The numbers are pycocotools' own; what is added to mmdet's ``CocoMetric`` is tha
 that labels may be category ids.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,15 +22,18 @@ class CheckedCocoMetric(CocoMetric):
 
     Args:
         ann_file: Path of the annotation file.
+        seen_images_only: Leave out the images of the file that the model was not shown (a dataset with ``indices``).
+            Otherwise their objects count as missed, as in ``CocoMetric``, and a warning says so.
         **kwargs: As ``CocoMetric``.
 
     Raises:
         DatasetError: The annotation file cannot be used.
     """
 
-    def __init__(self, ann_file: str, **kwargs) -> None:
+    def __init__(self, ann_file: str, seen_images_only: bool = False, **kwargs) -> None:
         super().__init__(ann_file=None, **kwargs)
         self.ann_file = ann_file
+        self.seen_images_only = seen_images_only
         with get_local_path(ann_file, backend_args=self.backend_args) as path:
             self._coco_api = CheckedCOCO(path)
 
@@ -42,9 +46,18 @@ class CheckedCocoMetric(CocoMetric):
         Raises:
             DatasetError: A prediction is for an image that the annotation file does not list.
         """
-        unknown = {prediction['img_id'] for _, prediction in results} - set(self._coco_api.imgs)
+        seen = {prediction['img_id'] for _, prediction in results}
+        unknown = seen - set(self._coco_api.imgs)
         if unknown:
             raise DatasetError(f'{self.ann_file}: image {min(unknown, key=str)!r} was evaluated but is not listed')
+        if self.seen_images_only:
+            self.img_ids = sorted(seen)
+        elif len(seen) < len(self._coco_api.imgs):
+            warnings.warn(
+                f'{self.ann_file} lists {len(self._coco_api.imgs)} images, of which {len(seen)} were evaluated; the '
+                'objects of the others count as missed (seen_images_only=True leaves them out)',
+                stacklevel=2,
+            )
         category_of = self._categories()
         # pycocotools sorts the ids; mmdet's table by class takes it that they are sorted.
         self.cat_ids = sorted(category_of.values())

@@ -185,3 +185,17 @@ def test_broken_file_is_named(tmp_path):
     (tmp_path / 'broken.json').write_text('{')
     with pytest.raises(DatasetError, match=r'broken\.json'):
         METRICS.build(dict(type='boltz_mm.CocoCategoryIdMetric', ann_file=str(tmp_path / 'broken.json')))
+
+
+def test_images_that_were_not_shown(ann_file, tmp_path):
+    found = _detections(ann_file)
+    shown = {image_id: found[image_id] for image_id in list(found)[:2]}
+    content = json.loads(Path(ann_file).read_text())
+    content['images'] = [image for image in content['images'] if image['id'] in shown]
+    content['annotations'] = [a for a in content['annotations'] if a['image_id'] in shown]
+    alone = tmp_path / 'alone.json'
+    alone.write_text(json.dumps(content))
+    expected = _evaluate('boltz_mm.CocoCategoryIdMetric', str(alone), shown)
+    assert _evaluate('boltz_mm.CocoCategoryIdMetric', ann_file, shown, seen_images_only=True) == expected
+    with pytest.warns(UserWarning, match='lists 5 images, of which 2 were evaluated'):
+        assert _evaluate('boltz_mm.CocoCategoryIdMetric', ann_file, shown)['coco/bbox_mAP'] < expected['coco/bbox_mAP']
