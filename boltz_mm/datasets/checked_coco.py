@@ -12,6 +12,7 @@ floats as sizes, extra keys, category ids with gaps, images without annotations,
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,10 @@ def check_coco(content: Any) -> dict[str, Any]:
     for number, category in categories.items():
         if not isinstance(number, int) or not isinstance(category.get('name'), str):
             raise DatasetError(f'category {number!r}: needs an integer id and a name, got {_short(category)}')
-    if len({category['name'] for category in categories.values()}) < len(categories):
-        raise DatasetError('two categories have the same name')
+    names = Counter(category['name'] for category in categories.values())
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise DatasetError(f'two categories have the same name: {_short(twice[0])}')
     images = _by_id(content['images'], 'image')
     for number, image in images.items():
         _check_image(number, image)

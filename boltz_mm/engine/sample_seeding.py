@@ -113,6 +113,12 @@ class SampleSeeding:
         ]
 
 
+def _subclass(base: type, **attributes: Any) -> Any:
+    """A subclass of ``base`` that looks like it, marked as seeded."""
+    same = dict(__doc__=base.__doc__, __module__=base.__module__, __qualname__=base.__qualname__)
+    return type(base.__name__, (base,), {**same, **attributes, '_is_seeded': True})
+
+
 @cache
 def _seeded_dataset(base: Any) -> Any:
     if hasattr(base, '_is_seeded'):
@@ -132,16 +138,8 @@ def _seeded_dataset(base: Any) -> Any:
         plain.__dict__.update(self.__dict__)
         return _restore_seeded, (plain,)
 
-    names = dict(
-        __getitem__=getitem,
-        __getitems__=None,  # torch prefers it to __getitem__ where it is there
-        __reduce_ex__=reduce_ex,
-        __doc__=base.__doc__,
-        __module__=base.__module__,
-        __qualname__=base.__qualname__,
-        _is_seeded=True,
-    )
-    return type(base.__name__, (base,), names)
+    # torch prefers __getitems__ to __getitem__ where it is there.
+    return _subclass(base, __getitem__=getitem, __getitems__=None, __reduce_ex__=reduce_ex)
 
 
 def _restore_seeded(plain: Any) -> Any:
@@ -163,11 +161,4 @@ def _seeded_batches(base: Any) -> Any:
                 yield seeding.tag(copy.copy(batch))
             seeding.position += 1
 
-    names = dict(
-        __iter__=iterate,
-        __doc__=base.__doc__,
-        __module__=base.__module__,
-        __qualname__=base.__qualname__,
-        _is_seeded=True,
-    )
-    return type(base.__name__, (base,), names)
+    return _subclass(base, __iter__=iterate)

@@ -74,7 +74,7 @@ def read_checkpoint(
         content = inert.to_python(content, convert)
     except CheckpointError:
         raise
-    except (Exception, RecursionError) as error:  # noqa: BLE001
+    except Exception as error:
         raise CheckpointError(f'{file}: {_reason(error)}') from None
     if not isinstance(content, dict):
         raise CheckpointError(f'{file}: holds a {type(content).__name__}, not the dictionary of a checkpoint')

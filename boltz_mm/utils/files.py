@@ -141,8 +141,7 @@ def download(
     Raises:
         DownloadError: Not https, too large, unreachable, cut short, or the hash differs.
     """
-    parts = urllib.parse.urlsplit(url)
-    shown = f'{parts.scheme}://{parts.hostname or ""}{parts.path}'  # never user, password or query
+    parts, shown = urllib.parse.urlsplit(url), _shown(url)
     if parts.scheme != 'https':
         raise DownloadError(f'{shown}: only https addresses are fetched')
     name = Path(urllib.parse.unquote(parts.path)).name
@@ -163,10 +162,16 @@ def download(
     return target
 
 
+def _shown(url: str) -> str:
+    """An address as messages name it: without user, password and query."""
+    parts = urllib.parse.urlsplit(url)
+    return f'{parts.scheme}://{parts.hostname or ""}{parts.path}'
+
+
 class _HttpsOnly(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: D102
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urllib.parse.urlsplit(newurl).scheme != 'https':
-            raise DownloadError('redirected to an address that is not https')
+            raise DownloadError(f'{_shown(req.full_url)}: redirected to {_shown(newurl)}, which is not https')
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -205,7 +205,7 @@ class BoxeRRandomResize(BaseTransform):
 
     def __init__(self, sizes: Sequence[int], max_size: int | None = None, draws: Draws | None = None) -> None:
         if not sizes:
-            raise ValueError('sizes is empty')
+            raise ValueError(f'sizes must not be empty, got {sizes}')
         self.sizes, self.max_size, self.draws = list(sizes), max_size, draws or Draws()
 
     @autocast_box_type()

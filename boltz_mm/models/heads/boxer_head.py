@@ -419,7 +419,10 @@ class BoxeRHead(BaseModule):
         grids = []
         for gt, target in zip(batch_gt_instances, targets, strict=True):
             if 'masks' not in gt:
-                raise ValueError("the head predicts masks, but ground truth has none: load it with 'with_mask=True'")
+                name = target.img_meta.get('img_path', 'an image')
+                raise ValueError(
+                    f"the head predicts masks, but for {name} ground truth has none: load it with 'with_mask=True'"
+                )
             masks = _mask_tensor(gt.masks, target.img_meta['img_shape'])
             grids.append(mask_targets(masks, target.boxes.to(masks.device), like.shape[-1]).to(like))
         return grids

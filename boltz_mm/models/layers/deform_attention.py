@@ -72,7 +72,8 @@ class NativeMultiScaleDeformableAttention(MultiScaleDeformableAttention):
                 or the latter do not fit ``value``.
         """
         if reference_points is None or spatial_shapes is None:
-            raise ValueError('reference_points and spatial_shapes must be given')
+            missing = 'reference_points' if reference_points is None else 'spatial_shapes'
+            raise ValueError(f'reference_points and spatial_shapes must be given, got None for {missing}')
         value = query if value is None else value
         identity = query if identity is None else identity
         query = query if query_pos is None else query + query_pos
