@@ -58,7 +58,7 @@ class InferenceBenchmark(BaseBenchmark):  # type: ignore[misc]
         clamp_iterations(self, len(self.data_loader))
 
     def run_once(self) -> dict[str, float]:
-        """Measures once.
+        """Measure once.
 
         Returns:
             ``fps``: images per second.
@@ -83,7 +83,7 @@ class InferenceBenchmark(BaseBenchmark):  # type: ignore[misc]
         return {'fps': (self.max_iter - self.num_warmup) / total}
 
     def average_multiple_runs(self, results: list[dict[str, float]]) -> dict[str, Any]:
-        """Averages runs.
+        """Average runs.
 
         Args:
             results: What :meth:`run_once` gave.
@@ -108,7 +108,7 @@ class InferenceBenchmark(BaseBenchmark):  # type: ignore[misc]
 
 
 def clamp_iterations(benchmark: BaseBenchmark, available: int) -> None:
-    """Makes a benchmark of mmdet end with the data, and log at least once.
+    """Make a benchmark of mmdet end with the data, and log at least once.
 
     Args:
         benchmark: The benchmark; its ``max_iter`` and ``log_interval`` are lowered where they are too large.
@@ -126,7 +126,7 @@ def clamp_iterations(benchmark: BaseBenchmark, available: int) -> None:
 
 
 def build_benchmark(cfg: Config, task: str, *, dataset_type: str = 'test', **kwargs: Any) -> BaseBenchmark:
-    """Builds one of the three benchmarks.
+    """Build one of the three benchmarks.
 
     Args:
         cfg: Config; its default scope must be initialised.

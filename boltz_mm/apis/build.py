@@ -21,7 +21,7 @@ from boltz_mm.utils.restricted_loading import read_mmengine_checkpoint
 def build_model(
     cfg: Config, checkpoint: str | None = None, device: str | torch.device | None = None
 ) -> tuple[BaseModel, dict[str, Any]]:
-    """Builds a model for inference.
+    """Build a model for inference.
 
     Args:
         cfg: Config with ``model``.

@@ -57,7 +57,7 @@ class Complexity:
 
 @torch.no_grad()
 def count_complexity(model: nn.Module, forward: Callable[[], Tensor | Any]) -> Complexity:
-    """Counts the operations of one call.
+    """Count the operations of one call.
 
     Args:
         model: Whose parameters to count.

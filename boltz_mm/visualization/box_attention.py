@@ -66,7 +66,7 @@ class BoxAttentionView:
 
 @contextlib.contextmanager
 def record_attention(modules: Sequence[nn.Module]) -> Iterator[list[list[Attended]]]:
-    """Records what window attentions attend to, without changing what they compute.
+    """Record what window attentions attend to, without changing what they compute.
 
     Args:
         modules: Instances of ``BoxAttention`` or ``InstanceAttention``.
@@ -105,7 +105,7 @@ def record_attention(modules: Sequence[nn.Module]) -> Iterator[list[list[Attende
 
 @torch.no_grad()
 def view_attention(model: BoxeR, batch_inputs: Tensor, batch_data_samples: SampleList) -> list[BoxAttentionView]:
-    """Runs a model and records its attention.
+    """Run a model and record its attention.
 
     Args:
         model: A BoxeR in evaluation mode.
@@ -173,7 +173,7 @@ def draw_box_attention(
     decoder_layer: int = -1,
     classes: Sequence[str] | None = None,
 ) -> Figure:
-    """Draws one row for each query: where it is, the token that it came from, and the query in the decoder.
+    """Draw one row for each query: where it is, the token that it came from, and the query in the decoder.
 
     Args:
         image: RGB, uint8 [H, W, 3], without padding.
@@ -231,7 +231,7 @@ def _head_color(head: int, heads: int) -> Any:
 
 
 def _add_box(axes: Axes, box: Tensor, width: int, height: int, **style: Any) -> None:
-    """Adds an outline of a box (cx, cy, w, h) in 0..1."""
+    """Add an outline of a box (cx, cy, w, h) in 0..1."""
     cx, cy, w, h = box.tolist()
     axes.add_patch(
         Rectangle(((cx - w / 2) * width - 0.5, (cy - h / 2) * height - 0.5), w * width, h * height, fill=False, **style)
@@ -257,13 +257,13 @@ def _region(looked: Sequence[tuple[Attended, int]], width: int, height: int) -> 
 
 
 def _show(axes: Axes, image: np.ndarray, left: float, top: float, width: float, height: float) -> None:
-    """Shows part of the image, a little paler than it is."""
+    """Show part of the image, a little paler than it is."""
     axes.imshow((image * 0.75 + 64).clip(0, 255).astype(np.uint8), interpolation='nearest')
     axes.set(xticks=[], yticks=[], xlim=(left - 0.5, left + width - 0.5), ylim=(top + height - 0.5, top - 0.5))
 
 
 def _draw_whole(axes: Axes, image: np.ndarray, region: tuple[float, float, float]) -> None:
-    """Shows the whole image and where the other panels lie in it."""
+    """Show the whole image and where the other panels lie in it."""
     height, width = image.shape[:2]
     _show(axes, image, 0, 0, width, height)
     left, top, side = region
@@ -274,7 +274,7 @@ def _draw_whole(axes: Axes, image: np.ndarray, region: tuple[float, float, float
 def _draw_attended(
     axes: Axes, image: np.ndarray, attended: Attended, index: int, region: tuple[float, float, float]
 ) -> None:
-    """Draws image, reference window and attended boxes of one token or query."""
+    """Draw image, reference window and attended boxes of one token or query."""
     height, width = image.shape[:2]
     left, top, side = region
     _show(axes, image, left, top, side, side)

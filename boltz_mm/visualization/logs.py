@@ -117,7 +117,7 @@ def _short(key: str) -> str:
 
 
 def read_log(path: str | os.PathLike[str]) -> TrainingLog:
-    """Reads a log.
+    """Read a log.
 
     Args:
         path: A ``scalars.json``, or a folder that contains some at any depth (the latest is read).
@@ -167,7 +167,7 @@ def plot_curves(
     start_epoch: int = 1,
     figure: Figure | None = None,
 ) -> Figure:
-    """Draws curves: training values on one pair of axes, evaluation metrics on another.
+    """Draw curves: training values on one pair of axes, evaluation metrics on another.
 
     Args:
         logs: What to draw.

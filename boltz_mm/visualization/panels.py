@@ -28,7 +28,7 @@ def drawing_scale(image: np.ndarray, least_side: int = LEAST_SIDE) -> int:
 
 
 def enlarge(image: np.ndarray, sample: DetDataSample, scale: int) -> tuple[np.ndarray, DetDataSample]:
-    """Enlarges an image and what is known of it.
+    """Enlarge an image and what is known of it.
 
     Args:
         image: RGB, uint8 [H, W, 3].
@@ -98,7 +98,7 @@ def draw_panel(
     score_thr: float = 0.3,
     least_side: int = LEAST_SIDE,
 ) -> np.ndarray:
-    """Draws ground truth (left) and predictions (right) of one image.
+    """Draw ground truth (left) and predictions (right) of one image.
 
     Args:
         visualizer: See :func:`make_visualizer`; one with backends would store every panel.
@@ -122,7 +122,7 @@ def draw_panel(
 
 
 def make_sheet(pictures: Sequence[np.ndarray], columns: int = 2, gap: int = 12) -> np.ndarray:
-    """Lays pictures out in rows on white.
+    """Lay pictures out in rows on white.
 
     Args:
         pictures: RGB, uint8 [h, w, 3], of any sizes.

@@ -84,7 +84,7 @@ def _rank(function: Callable, args: tuple, rank: int, world_size: int, port: int
         value = function(*args)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         answers.put((rank, False, traceback.format_exc()))
     else:
         answers.put((rank, True, value))

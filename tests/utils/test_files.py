@@ -143,7 +143,7 @@ def test_bad_answers(served, tmp_path, answer, words):
 
 def test_redirect_away_from_https_is_not_followed():
     class Redirect(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.send_response(302)
             self.send_header('Location', 'http://127.0.0.1:1/secret')
             self.end_headers()

@@ -14,7 +14,7 @@ from boltz_mm.visualization.logs import TrainingLog, loss_keys, metric_keys, plo
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tasks = parser.add_subparsers(dest='task', required=True)
     plot = tasks.add_parser('plot_curve', help='draw losses, metrics or any other logged number')
@@ -34,7 +34,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cal_train_time(logs: list[TrainingLog], args: argparse.Namespace) -> None:
-    """Prints slowest, fastest and average time of an iteration."""
+    """Print slowest, fastest and average time of an iteration."""
     for log in logs:
         times = log.epoch_times(args.include_outliers)
         seconds = np.array(list(times.values()))
@@ -47,7 +47,7 @@ def cal_train_time(logs: list[TrainingLog], args: argparse.Namespace) -> None:
 
 
 def plot_curve(logs: list[TrainingLog], args: argparse.Namespace) -> None:
-    """Draws the curves into a file or a window."""
+    """Draw the curves into a file or a window."""
     import matplotlib.pyplot as plt
 
     keys = args.keys or [*loss_keys(logs[0]), *metric_keys(logs[0])]
@@ -64,7 +64,7 @@ def plot_curve(logs: list[TrainingLog], args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; returns its exit status."""
     args = parse_args(argv)
     try:
         logs = [read_log(path) for path in args.json_logs]

@@ -1,4 +1,4 @@
-"""Measures the speed of inference, of the data loader or of the dataset; arguments as in mmdet.
+"""Measure the speed of inference, of the data loader or of the dataset; arguments as in mmdet.
 
 Example:
     python tools/analysis_tools/benchmark.py configs/boxer/boxer_tiny_shapes.py --task inference --max-iter 100
@@ -16,7 +16,7 @@ from boltz_mm.utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_config_arguments(parser)
     parser.add_argument('--checkpoint', help='weights (inference only; default: the initial ones)')
@@ -35,7 +35,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures."""
+    """Measure."""
     from boltz_mm.apis.benchmark import build_benchmark
     from boltz_mm.utils.checkpoint import CheckpointError
 

@@ -1,4 +1,4 @@
-"""Draws images of a dataset with their ground truth; arguments as in mmdet.
+"""Draw images of a dataset with their ground truth; arguments as in mmdet.
 
 Training images are drawn as training sees them, after all transforms, others as they are on disk.
 
@@ -23,7 +23,7 @@ from boltz_mm.utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_config_arguments(parser)
     parser.add_argument('--output-dir', help='write the pictures to this folder')
@@ -46,7 +46,7 @@ def unused_name(folder: Path, name: str, used: set[str]) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Browses."""
+    """Browse."""
     from mmdet.structures import DetDataSample
 
     from boltz_mm.visualization.panels import drawing_scale, enlarge

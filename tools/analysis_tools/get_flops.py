@@ -1,4 +1,4 @@
-"""Counts the operations of a model, our operators included; arguments as in mmdet.
+"""Count the operations of a model, our operators included; arguments as in mmdet.
 
 ``Flops`` are multiply-adds, as in mmdet's tool and in papers.
 
@@ -21,7 +21,7 @@ from boltz_mm.utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_config_arguments(parser)
     parser.add_argument('--num-images', type=int, default=100, help='average over so many images of the val set')
@@ -60,7 +60,7 @@ def batches(cfg: Config, args: argparse.Namespace) -> Iterator[dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Counts and prints."""
+    """Count and print."""
     from boltz_mm.apis.build import build_model
     from boltz_mm.utils.complexity import count_complexity
 

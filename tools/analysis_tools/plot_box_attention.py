@@ -1,4 +1,4 @@
-"""Draws the reference windows and attended boxes of a BoxeR's best queries on an image.
+"""Draw the reference windows and attended boxes of a BoxeR's best queries on an image.
 
 Example:
     python tools/analysis_tools/plot_box_attention.py configs/boxer/boxer_tiny_shapes.py best.pth image.png --out a.png
@@ -14,7 +14,7 @@ from boltz_mm.utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='weights of the model')
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws."""
+    """Draw."""
     from mmdet.utils import get_test_pipeline_cfg
 
     from boltz_mm.apis.build import build_model

@@ -1,4 +1,4 @@
-"""Draws a sheet of images of the test set: ground truth on the left, detections on the right.
+"""Draw a sheet of images of the test set: ground truth on the left, detections on the right.
 
 Example:
     python tools/analysis_tools/plot_detections.py configs/boxer/boxer_tiny_shapes.py best.pth --out detections.png
@@ -16,7 +16,7 @@ from boltz_mm.utils import launch
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     launch.add_config_arguments(parser)
     parser.add_argument('checkpoint', help='weights of the model')
@@ -30,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws."""
+    """Draw."""
     from boltz_mm.apis.build import build_model
     from boltz_mm.registry import DATASETS
     from boltz_mm.utils.checkpoint import CheckpointError

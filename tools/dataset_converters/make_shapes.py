@@ -1,4 +1,4 @@
-"""Makes the embedded dataset "shapes" in COCO's layout (see boltz_mm/datasets/shapes/writer.py).
+"""Make the embedded dataset "shapes" in COCO's layout (see boltz_mm/datasets/shapes/writer.py).
 
 Example:
     python tools/dataset_converters/make_shapes.py --out data/shapes --train 600 --val 200 --size 128 --seed 0
@@ -15,7 +15,7 @@ from boltz_mm.datasets.shapes import ShapesSpec, make_shapes
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; options of the images that are not given stay None."""
+    """Parse the command line; options of the images that are not given stay None."""
     default = ShapesSpec()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', default='data/shapes', help='folder of the dataset (default: %(default)s)')
@@ -43,7 +43,7 @@ def _stop(*_: object) -> NoReturn:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Run the command; returns its exit status."""
     args = parse_args(argv)
     signal.signal(signal.SIGTERM, _stop)  # clean up as after Ctrl-C
     given = {

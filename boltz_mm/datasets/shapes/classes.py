@@ -40,7 +40,7 @@ PATTERNS: tuple[str, ...] = ('plain', 'striped', 'checked', 'dotted')
 
 
 def check_num_classes(num_classes: int) -> int:
-    """Returns ``num_classes``, or raises ValueError if there are not so many shapes."""
+    """Return ``num_classes``, or raise ValueError if there are not so many shapes."""
     if not 1 <= num_classes <= len(THING_CLASSES):
         raise ValueError(f'num_classes must lie in 1..{len(THING_CLASSES)} (the shapes there are), got {num_classes}')
     return num_classes

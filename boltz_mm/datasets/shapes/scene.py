@@ -68,7 +68,7 @@ class _Candidate:
 
 
 def make_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
-    """Makes image ``index`` of a split.
+    """Make image ``index`` of a split.
 
     Args:
         spec: What the set consists of.
@@ -84,7 +84,7 @@ def make_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
 
 
 def make_classification_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
-    """Makes image ``index`` of the one-object-per-image split; the classes take turns.
+    """Make image ``index`` of the one-object-per-image split; the classes take turns.
 
     Args:
         spec: What the set consists of (as for :func:`make_scene`).
@@ -116,7 +116,7 @@ def _compose(spec: ShapesSpec, draws: Draws, labels: list[int]) -> Scene:
 
 
 def _draw_background(spec: ShapesSpec, draws: Draws) -> tuple[np.ndarray, np.ndarray, list[_Color]]:
-    """Returns the canvas [H, W, 3] in 0..255, the stuff map [H, W] and the regions' mean colours."""
+    """Return the canvas [H, W, 3] in 0..255, the stuff map [H, W] and the regions' mean colours."""
     size = spec.size
     kinds = draws.sample(range(len(STUFF_CLASSES)), draws.choice((1, 1, 2, 2, 3)))
     region = _regions(draws, size, len(kinds))
@@ -137,7 +137,7 @@ def _draw_background(spec: ShapesSpec, draws: Draws) -> tuple[np.ndarray, np.nda
 
 
 def _regions(draws: Draws, size: int, count: int) -> np.ndarray:
-    """Splits the image into regions with wavy borders: number of the nearest of ``count`` points, int64 [H, W]."""
+    """Split the image into regions with wavy borders: number of the nearest of ``count`` points, int64 [H, W]."""
     if count == 1:
         return np.zeros((size, size), np.int64)
     y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -166,7 +166,7 @@ def _draw_clutter(canvas: np.ndarray, draws: Draws) -> None:
 
 
 def _place(spec: ShapesSpec, draws: Draws, label: int, owner: np.ndarray, full_areas: list[int]) -> _Candidate | None:
-    """Finds a place that keeps the visibility rule and enters it into ``owner`` and ``full_areas``.
+    """Find a place that keeps the visibility rule and enter it into ``owner`` and ``full_areas``.
 
     The first object of an image goes to the middle if chance finds no place, so that no image stays empty.
     """
@@ -190,7 +190,7 @@ def _place(spec: ShapesSpec, draws: Draws, label: int, owner: np.ndarray, full_a
 
 
 def _rasterize_at(name: str, contours: geometry.Contours, x: float, y: float, min_size: int) -> _Candidate:
-    """Rasterises at a centre; thin tips can fall between pixels, so grows the shape until it is ``min_size`` long."""
+    """Rasterise at a centre; thin tips can fall between pixels, so grow the shape until it is ``min_size`` long."""
     while True:
         corners = np.concatenate(contours)
         left, top = (math.floor(v) - 1 for v in (x + corners[:, 0].min(), y + corners[:, 1].min()))
@@ -208,7 +208,7 @@ def _longer_side(mask: np.ndarray) -> int:
 
 
 def _enter(candidate: _Candidate, spec: ShapesSpec, owner: np.ndarray, full_areas: list[int]) -> bool:
-    """Makes the candidate the owner of its pixels unless it, or one that it covers, would be visible too little."""
+    """Make the candidate the owner of its pixels unless it, or one that it covers, would be visible too little."""
     shape = candidate.coverage >= 0.5
     window, cut = _clip(candidate, spec.size)
     mine = shape[cut]
@@ -238,7 +238,7 @@ def _clip(candidate: _Candidate, size: int) -> tuple[tuple[slice, slice], tuple[
 def _draw_shape(
     canvas: np.ndarray, shape: _Candidate, spec: ShapesSpec, draws: Draws, ground: list[_Color]
 ) -> tuple[str, str]:
-    """Paints the shape; returns its colour word and its pattern word."""
+    """Paint the shape; returns its colour word and its pattern word."""
     height, width = shape.coverage.shape
     word, rgb = _pick_color(draws, ground, wanted=60.0 if spec.hard else 130.0)
     small = max(height, width) < _PLAIN_BELOW
@@ -264,7 +264,7 @@ def _draw_shape(
 
 
 def _pick_color(draws: Draws, ground: list[_Color], wanted: float) -> tuple[str, _Color]:
-    """Draws colours until one differs enough from all backgrounds (L1 in RGB); the best of eight otherwise."""
+    """Draw colours until one differs enough from all backgrounds (L1 in RGB); the best of eight otherwise."""
     best: tuple[float, str, _Color] = (-1.0, '', (0.0, 0.0, 0.0))
     for _ in range(8):
         word = draws.choice(tuple(COLORS))
@@ -285,7 +285,7 @@ def _contrasting(rgb: _Color, amount: float) -> _Color:
 
 
 def _blend(canvas: np.ndarray, alpha: np.ndarray, color: np.ndarray) -> None:
-    """Paints ``color`` [..., 3] over ``canvas`` [h, w, 3] in place, with the opacity ``alpha`` [h, w]."""
+    """Paint ``color`` [..., 3] over ``canvas`` [h, w, 3] in place, with the opacity ``alpha`` [h, w]."""
     canvas += (color - canvas) * alpha[..., None]
 
 

@@ -1,4 +1,4 @@
-"""Writes a shapes set in COCO's own layout, all of it or nothing.
+"""Write a shapes set in COCO's own layout, all of it or nothing.
 
 ::
 
@@ -53,7 +53,7 @@ def make_shapes(
     overwrite: bool = False,
     progress: bool = True,
 ) -> bool:
-    """Makes a shapes set unless it is already there.
+    """Make a shapes set unless it is already there.
 
     Args:
         out: Folder of the set.
@@ -105,7 +105,7 @@ def _check_counts(counts: dict[str, int], workers: int) -> None:
 
 
 def read_manifest(out: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads the manifest of a shapes set; None if the folder holds no shapes set."""
+    """Read the manifest of a shapes set; None if the folder holds no shapes set."""
     try:
         manifest = json.loads((Path(out) / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -184,7 +184,7 @@ def _is_alive(pid: str) -> bool:
 
 
 def _take_place(partial: Path, out: Path, arguments: dict[str, Any], overwrite: bool) -> None:
-    """Renames the finished folder to ``out``."""
+    """Rename the finished folder to ``out``."""
     retired = partial.with_name(partial.name + '-old')
     if overwrite and read_manifest(out) is not None:
         out.rename(retired)
@@ -227,7 +227,7 @@ def _leave_signals_to_parent() -> None:
 def _write_split(
     root: Path, spec: ShapesSpec, split: str, count: int, mapper: _Mapper, bar: Callable[..., Iterable[Any]]
 ) -> str:
-    """Writes all files of one split; returns the hash of its content."""
+    """Write all files of one split; returns the hash of its content."""
     folders = [root / split, root / 'semantic' / split, root / 'annotations' / f'panoptic_{split}']
     folders += [root / 'classification' / split / name for name in THING_CLASSES[: spec.num_classes]]
     for folder in folders:
@@ -246,7 +246,7 @@ def _write_split(
 
 
 def _write_scene(root: Path, spec: ShapesSpec, split: str, index: int) -> dict[str, Any]:
-    """Writes the PNGs of one image; returns its annotations without the ids that depend on other images."""
+    """Write the PNGs of one image; returns its annotations without the ids that depend on other images."""
     scene = make_scene(spec, split, index)
     name = f'{index + 1:012d}.png'
     panoptic, semantic = label_maps(scene, spec)

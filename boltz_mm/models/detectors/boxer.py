@@ -14,10 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from mmdet.models.detectors import DetectionTransformer
 from mmdet.structures import OptSampleList, SampleList
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from boltz_mm.models.heads.boxer_head import FirstStage
 from boltz_mm.models.layers.box_position import valid_ratios

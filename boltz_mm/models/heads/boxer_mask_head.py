@@ -9,9 +9,9 @@ kept), and the convolutions, whose kernels do not overlap, are matrix products o
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from boltz_mm.registry import MODELS
 from boltz_mm.utils.dtypes import at_least_float32

@@ -15,9 +15,9 @@ Held by the golden case ``boxer3d``.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from mmdet.models.layers import inverse_sigmoid
 from torch import Tensor
-from torch.nn import functional as F
 
 from boltz_mm.models.layers.box_attention import Box3dAttention
 from boltz_mm.models.layers.box_position import (

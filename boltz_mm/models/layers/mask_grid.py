@@ -10,8 +10,8 @@ Source: BoxeR, official file ``utils/general.py`` (``extract_grid``, ``paste_gri
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 
 def sample_masks(masks: Tensor, boxes: Tensor, grid_size: int) -> Tensor:

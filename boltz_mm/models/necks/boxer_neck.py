@@ -4,9 +4,9 @@ Source: BoxeR, official file ``model/boxer2d.py``.  As mmdet's ``ChannelMapper``
 official weights have, and a ReLU before the fifth and later levels.
 """
 
+import torch.nn.functional as F
 from mmdet.models.necks import ChannelMapper
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from boltz_mm.registry import MODELS
 

@@ -17,7 +17,7 @@ model = dict(
         stage_channels=(256, 512, 1024),
         stage_strides=(1, 2, 2),
         out_indices=(1, 2),
-        # Published: synchronised norms.  With sync_bn = 'torch' in a config, mmengine converts these in distributed runs.
+        # Published: synchronised norms; sync_bn = 'torch' in a config makes mmengine convert these in distributed runs.
         norm_cfg=dict(type='BN', eps=1e-3, momentum=0.01),
     ),
     neck=dict(

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.structures import BaseDataElement, InstanceData
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn import functional as F
 
 from boltz_mm.models.heads.boxer3d_head import BoxeR3DHead
 from boltz_mm.models.layers.box3d_transformer import Box3dTransformerEncoder

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn import functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from boltz_mm.models.layers.mask_grid import mask_targets, paste_mask, paste_masks, sample_masks
 

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from mmdet.structures import SampleList
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from boltz_mm.models.detectors.boxer import BoxeR
 from boltz_mm.models.layers.box_transformer import BoxTransformerDecoderLayer
