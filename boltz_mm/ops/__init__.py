@@ -1,4 +1,11 @@
-"""Custom operators; needs torch alone."""
+"""Custom operators; needs torch alone.
+
+- :func:`box_attention`, :func:`instance_attention`: a grid in each head's and level's box, sampled and weighted.
+- :func:`deform_attention`: the same at given points.
+- :func:`grid_points`, :func:`box_sampling_locations`, :func:`box_attention_weights`,
+  :func:`instance_attention_weights`: what the fused kernels never hold, for pictures and tests.
+- :func:`available_backends`, :func:`use_backend`: native kernels or the PyTorch reference.
+"""
 
 from boltz_mm.ops._backend import available_backends, use_backend
 from boltz_mm.ops.box_attention import (

@@ -18,6 +18,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from PIL import Image
 
+from boltz_mm.datasets.shapes import instance_metainfo
 from boltz_mm.registry import DATASETS, METRICS, MODELS
 from tests.datasets.coco_files import coco_content, write_coco
 
@@ -81,6 +82,14 @@ def test_every_named_part_is_registered(path):
     for registry, part in named:
         kind = part['type'] if '.' in part['type'] else f'mmdet.{part["type"]}'
         assert registry.get(kind) or registry.get(part['type']), part['type']
+
+
+@pytest.mark.parametrize('name', ['shapes_instance', 'shapes_instance_hard'])
+def test_shapes_have_the_classes_and_colours_of_the_generator(name):
+    config = Config.fromfile(ROOT / 'configs' / '_base_' / 'datasets' / f'{name}.py')
+    made = instance_metainfo(len(config.metainfo.classes))
+    assert tuple(config.metainfo.classes) == made['classes']
+    assert [tuple(color) for color in config.metainfo.palette] == made['palette']
 
 
 def _at(config: Config, folder: Path) -> Config:
