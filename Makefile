@@ -35,6 +35,6 @@ wheel: setup ## build the wheel into dist/
 	@rm -rf build
 
 clean: ## remove .venv and everything built or cached in the checkout (wheels cached outside, data and work_dirs stay)
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache htmlcov .coverage
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .dist_test htmlcov .coverage
 	find boltz_mm tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
 	find boltz_mm -name '*.so' -delete
