@@ -1,9 +1,11 @@
 # Everything runs from nothing: each target sets up .venv first (tools/misc/setup_env.py), once.
 # PYTHON chooses the interpreter, ARGS goes to the command of the target: make test ARGS='-m "not slow"'
+# WORKERS is how many processes the tests run in.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
+WORKERS ?= 2
 
 .PHONY: help setup demo test lint bench wheel clean
 .DEFAULT_GOAL := help
@@ -18,7 +20,7 @@ demo: setup ## make a dataset, train a small BoxeR on it through mim, evaluate, 
 	@bash tools/demo.sh $(ARGS)
 
 test: setup ## run the whole test suite
-	@$(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup ## ruff, its formatter as a check, mypy
 	$(PY) -m ruff check .

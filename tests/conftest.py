@@ -1,5 +1,7 @@
 """Options and fixtures of the whole suite."""
 
+import signal
+
 import pytest
 
 import boltz_mm  # noqa: F401 - repairs torchvision before a test file imports mmdet
@@ -7,3 +9,9 @@ import boltz_mm  # noqa: F401 - repairs torchvision before a test file imports m
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption('--parity-root', default=None, help='folder of golden cases to hold instead of the carried ones')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell that starts the suite in the background has it ignore Ctrl-C, and so would the programs that tests stop.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
