@@ -1,3 +1,5 @@
+"""Official BoxeR-3D weights: containers, names, reports, the way back, the command line."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Points to pillars against the serial rule, pillar features point by point, the canvas, empty clouds."""
+
 import math
 
 import pytest

@@ -1,3 +1,5 @@
+"""BoxeR-3D as a whole: published size and config, losses, detections, mixed precision, errors."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""Losses of BoxeR-3D against their formulas, detections, targets, errors."""
+
 import math
 
 import pytest

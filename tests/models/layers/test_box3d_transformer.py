@@ -1,3 +1,5 @@
+"""Encoder, proposals and decoder of BoxeR-3D."""
+
 import math
 
 import pytest

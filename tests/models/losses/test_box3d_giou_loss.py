@@ -1,3 +1,5 @@
+"""The axis-aligned GIoU loss of 3D boxes."""
+
 import torch
 
 from boltz_mm.models.task_modules.box3d_overlaps import giou_3d
