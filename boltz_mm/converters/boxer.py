@@ -12,15 +12,21 @@ tells ``residual_mode``, the number of queries or ``ref_size``.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from boltz_mm.utils.checkpoint import compare_state
-
-StateDict = dict[str, Tensor]
+from boltz_mm.converters.common import (
+    ConversionReport,
+    StateDict,
+    compare_with_model,
+    count_modules,
+    official_state_dict,
+    rename,
+    rename_back,
+    shape_of,
+)
 
 # Official prefix -> ours; ``input_proj`` and the backbone have rules of their own.
 _PREFIXES = {
@@ -42,41 +48,6 @@ _DETECTRON2 = re.compile(r'(?:backbone\.bottom_up\.|bottom_up\.|backbone\.)?((?:
 _COUNTER = '.num_batches_tracked'
 
 
-@dataclass
-class ConversionReport:
-    """What became of every key.
-
-    Attributes:
-        renamed: Official key -> ours, of everything that was converted.
-        added: Our keys that official files lack and that were filled in.
-        unexpected: Keys of the file that are not BoxeR's; they are not in the result.
-        missing: Keys of the model that the file lacks.
-        mismatched: Our key -> (shape in the file, shape in the model).
-        num_classes: Classes of the file; ``None`` for a backbone.
-    """
-
-    renamed: dict[str, str] = field(default_factory=dict)
-    added: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    num_classes: int | None = None
-
-    @property
-    def complete(self) -> bool:
-        """Whether every key found its place."""
-        return not (self.unexpected or self.missing or self.mismatched)
-
-    def __str__(self) -> str:
-        classes = '' if self.num_classes is None else f', {self.num_classes} classes'
-        lines = [f'{len(self.renamed)} tensors converted, {len(self.added)} counters added{classes}']
-        lines += [f'unexpected: {key}' for key in self.unexpected]
-        lines += [f'missing: {key}' for key in self.missing]
-        lines += [f'mismatched: {key}: {ours} in the file, {model} in the model'
-                  for key, (ours, model) in self.mismatched.items()]  # fmt: skip
-        return '\n'.join(lines)
-
-
 def convert_boxer(container: Mapping, model: nn.Module | None = None) -> tuple[StateDict, ConversionReport]:
     """Convert official weights.
 
@@ -92,18 +63,7 @@ def convert_boxer(container: Mapping, model: nn.Module | None = None) -> tuple[S
         ValueError: The container holds no weights of BoxeR or of its backbone.
     """
     official = official_state_dict(container)
-    num_projections = _count_projections(official)
-    report = ConversionReport()
-    state: StateDict = {}
-    for key, value in official.items():
-        name = our_key(key, num_projections)
-        if name is None:
-            report.unexpected.append(key)
-            continue
-        if name in state:
-            raise ValueError(f'two tensors of the file become {name!r}, one of them is {key!r}')
-        state[name] = value
-        report.renamed[key] = name
+    state, report = rename(official, partial(our_key, num_projections=_count_projections(official)))
     if not state:
         raise ValueError(f'no weights of BoxeR among {sorted(official)[:5]} ...')
     for name in [n for n in state if n.startswith('backbone.') and n.endswith('.running_var')]:
@@ -131,36 +91,8 @@ def export_boxer(state: Mapping[str, Tensor]) -> StateDict:
         ValueError: A key has no official name.
     """
     num_projections = 1 + max((int(k.split('.')[2]) for k in state if k.startswith('neck.convs.')), default=-1)
-    official = {}
-    for key, value in state.items():
-        if key.startswith('backbone.') and key.endswith(_COUNTER):
-            continue
-        name = official_key(key, num_projections)
-        if name is None:
-            raise ValueError(f'{key!r} has no place in the official layout')
-        official[name] = value
-    return official
-
-
-def official_state_dict(container: Mapping) -> StateDict:
-    """The tensors of a container, without the prefix ``module.``.
-
-    Raises:
-        ValueError: There is something else than tensors among them.
-    """
-    inner = next((container[key] for key in ('model', 'state_dict') if key in container), container)
-    if not isinstance(inner, Mapping):
-        raise ValueError(f"expected a state dict under 'model' or 'state_dict', got {type(inner).__name__}")
-    if inner and all(str(key).startswith('module.') for key in inner):
-        inner = {key.removeprefix('module.'): value for key, value in inner.items()}
-    state = {}
-    for key, value in inner.items():
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value)
-        if not isinstance(value, Tensor):
-            raise ValueError(f'{key!r} is a {type(value).__name__}, not a tensor: this is no state dict of BoxeR')
-        state[key] = value
-    return state
+    kept = {key: value for key, value in state.items() if not (key.startswith('backbone.') and key.endswith(_COUNTER))}
+    return rename_back(kept, partial(official_key, num_projections=num_projections))
 
 
 def our_key(key: str, num_projections: int) -> str | None:
@@ -222,15 +154,6 @@ def _count_projections(official: StateDict) -> int:
     """Levels projected by a 1 x 1 convolution."""
     kernels = (value for key, value in official.items() if re.fullmatch(r'input_proj\.\d+\.0\.weight', key))
     return sum(value.shape[-2:] == (1, 1) for value in kernels)
-
-
-def compare_with_model(state: StateDict, model: nn.Module, report: ConversionReport) -> None:
-    """Add to a report what a converted state dict lacks, has too much or has in another shape."""
-    diff = compare_state(model, state)
-    theirs = {ours: key for key, ours in report.renamed.items()}
-    report.unexpected += [theirs.get(key, key) for key in diff.unexpected]
-    report.missing += diff.missing
-    report.mismatched |= diff.mismatched
 
 
 def infer_boxer_config(
@@ -303,19 +226,3 @@ def infer_boxer_config(
             'with_mask': with_mask,
         },
     }
-
-
-def shape_of(state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """Shape of a tensor that every whole model has.
-
-    Raises:
-        ValueError: It is missing.
-    """
-    if key not in state:
-        raise ValueError(f'the state dict is not of a whole BoxeR: {key!r} is missing')
-    return tuple(state[key].shape)
-
-
-def count_modules(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of numbered modules below ``prefix``."""
-    return len({key.removeprefix(prefix).split('.')[0] for key in state if key.startswith(prefix)})

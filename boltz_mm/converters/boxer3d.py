@@ -11,12 +11,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from boltz_mm.converters.boxer import (
+from boltz_mm.converters.common import (
     ConversionReport,
     StateDict,
     compare_with_model,
     count_modules,
     official_state_dict,
+    rename,
+    rename_back,
     shape_of,
 )
 
@@ -52,15 +54,7 @@ def convert_boxer3d(container: Mapping, model: nn.Module | None = None) -> tuple
         ValueError: The container holds no weights of BoxeR-3D.
     """
     official = official_state_dict(container)
-    report = ConversionReport()
-    state: StateDict = {}
-    for key, value in official.items():
-        name = our_key(key)
-        if name is None:
-            report.unexpected.append(key)
-        else:
-            state[name] = value
-            report.renamed[key] = name
+    state, report = rename(official, our_key)
     if 'bbox_head.cls_branch.weight' not in state or not any(name.startswith('backbone.reader.') for name in state):
         raise ValueError(f'no weights of a whole BoxeR-3D among {sorted(official)[:5]} ...')
     report.num_classes = len(state['bbox_head.cls_branch.weight'])
@@ -81,13 +75,7 @@ def export_boxer3d(state: Mapping[str, Tensor]) -> StateDict:
     Raises:
         ValueError: A key has no official name.
     """
-    official = {}
-    for key, value in state.items():
-        name = official_key(key)
-        if name is None:
-            raise ValueError(f'{key!r} has no place in the official layout')
-        official[name] = value
-    return official
+    return rename_back(state, official_key)
 
 
 def our_key(key: str) -> str | None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config, official_state_dict, our_key
+from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config, our_key
+from boltz_mm.converters.common import official_state_dict
 from boltz_mm.registry import MODELS
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +150,7 @@ def test_config_of_other_depths(official, depth):
 
 def test_config_of_a_backbone_file_is_refused(official):
     backbone = {k: v for k, v in official.items() if k.startswith('backbone.')}
-    with pytest.raises(ValueError, match=r"not of a whole BoxeR: 'bbox_head.cls_branch.weight' is missing"):
+    with pytest.raises(ValueError, match=r"not of a whole model: 'bbox_head.cls_branch.weight' is missing"):
         infer_boxer_config(convert_boxer(backbone)[0])
 
 

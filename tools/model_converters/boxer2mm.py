@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config, official_state_dict
+from boltz_mm.converters.boxer import convert_boxer, export_boxer, infer_boxer_config
 from boltz_mm.converters.boxer3d import convert_boxer3d, export_boxer3d, infer_boxer3d_config
+from boltz_mm.converters.common import official_state_dict
 from boltz_mm.datasets.coco_category_id import CocoCategoryIdDataset
 from boltz_mm.registry import MODELS
 from boltz_mm.utils.checkpoint import CheckpointError, atomic_save, read_checkpoint, save_safetensors, state_dict_of
