@@ -69,7 +69,9 @@ def read_coco(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DatasetError(f'{path}: the annotation file cannot be read: {error.strerror or error}') from error
+    except (ValueError, RecursionError) as error:
         raise DatasetError(f'{path}: cannot be read as JSON: {error}') from error
     try:
         return check_coco(content)

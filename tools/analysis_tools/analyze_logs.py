@@ -7,6 +7,7 @@ Example:
 
 import argparse
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -59,6 +60,7 @@ def plot_curve(logs: list[TrainingLog], args: argparse.Namespace) -> None:
             plot_curves(logs, keys, figure=plt.figure(layout='constrained'), **options)
             plt.show()
         else:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             plot_curves(logs, keys, **options).savefig(args.out, dpi=130)
             print(f'save curve to: {args.out}')
 

@@ -5,6 +5,7 @@ Example:
 """
 
 import argparse
+from pathlib import Path
 
 import mmcv
 from mmengine.dataset import Compose, pseudo_collate
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
     except (CheckpointError, TypeError, ValueError) as error:
         launch.stop(str(error))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=args.dpi)
     print(f'wrote {args.out}')
 

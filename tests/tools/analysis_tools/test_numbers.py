@@ -20,7 +20,7 @@ def scalars(tmp_path: Path) -> str:
 
 
 def test_plot_curve(scalars: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    out = tmp_path / 'curve.png'
+    out = tmp_path / 'new' / 'curve.png'
     assert analyze_logs.main(['plot_curve', scalars, '--out', str(out), '--title', 'run']) == 0
     assert out.read_bytes().startswith(b'\x89PNG')
     assert str(out) in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_browse_dataset_refuses_to_do_nothing(tiny: Tiny) -> None:
 
 
 def test_plot_detections(tiny: Tiny, tmp_path: Path) -> None:
-    out = tmp_path / 'sheet.png'
+    out = tmp_path / 'new' / 'sheet.png'
     arguments = [tiny.config, tiny.checkpoint, '--out', str(out), '--device', 'cpu']
     plot_detections.main([*arguments, '--num-images', '9', '--start', '1', '--columns', '2', '--score-thr', '0.99'])
     sheet = cv2.imread(str(out))
@@ -58,7 +58,7 @@ def test_plot_detections(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_plot_box_attention(tiny: Tiny, tmp_path: Path) -> None:
-    out = tmp_path / 'attention.png'
+    out = tmp_path / 'new' / 'attention.png'
     image = str(tiny.data / 'val/000000000001.png')
     arguments = [tiny.config, tiny.checkpoint, image, '--out', str(out), '--device', 'cpu']
     plot_box_attention.main([*arguments, '--num-queries', '2', '--dpi', '60'])
