@@ -61,7 +61,7 @@ def batches(cfg: Config, args: argparse.Namespace) -> Iterator[dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Count and print."""
-    from boltz_mm.apis.build import build_model
+    from boltz_mm.apis import build_model
     from boltz_mm.utils.complexity import count_complexity
 
     args = parse_args(argv)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draw."""
     from mmdet.utils import get_test_pipeline_cfg
 
-    from boltz_mm.apis.build import build_model
+    from boltz_mm.apis import build_model
     from boltz_mm.utils.checkpoint import CheckpointError
     from boltz_mm.visualization.box_attention import best_queries, draw_box_attention, view_attention
 

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Draw."""
-    from boltz_mm.apis.build import build_model
+    from boltz_mm.apis import build_model
     from boltz_mm.registry import DATASETS
     from boltz_mm.utils.checkpoint import CheckpointError
     from boltz_mm.visualization.panels import draw_panel, make_sheet, make_visualizer
