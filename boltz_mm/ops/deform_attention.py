@@ -13,6 +13,9 @@ and ``-1 < y < H_l`` (so a NaN contributes nothing).  This is the operator of De
 Deviations: no ``im2col_step`` and so no divisibility of the batch, ``level_start_index`` follows from the shapes,
 float16 and bfloat16 values with float32 coordinates and sums, deterministic (on CUDA the gradient of ``value`` only
 where ``torch.use_deterministic_algorithms`` asks for it, and then slower).
+
+Cost, with an element of value of s bytes: the result takes ``s B Q H D`` bytes, backward keeps the inputs alone.  FLOPs
+of the forward pass are ``8 B Q H L P D``, of the backward pass ``16 B Q H L P D``.
 """
 
 from typing import Any
