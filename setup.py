@@ -4,7 +4,7 @@
   torch >= 2.10.  Where it cannot be built the install succeeds without it, on the PyTorch reference, with one warning.
 * ``boltz_mm._C_cuda`` is a second library.  ``BOLTZ_MM_CUDA=auto`` (default) builds it where torch has CUDA and nvcc is
   found, ``1`` builds it or fails, ``0`` does not build it.
-* mim reads ``.mim`` (configs, tools, demo, model index) from the dist-info folder, mmengine from the package: both get
+* mim reads ``.mim`` (configs, tools, indexes) from the dist-info folder, mmengine from the package: both get
   a copy while a wheel is assembled, so that nothing is left in the source tree.
 """
 
@@ -28,7 +28,7 @@ NO_TORCH = (
     'boltz_mm is built against the torch that is installed, and none was found: run `pip install torch setuptools '
     'wheel`, then `pip install --no-build-isolation .`'
 )
-MIM_CONTENT = ('configs', 'tools', 'demo', 'model-index.yml', 'dataset-index.yml')
+MIM_CONTENT = ('configs', 'tools', 'model-index.yml', 'dataset-index.yml')
 CUDA_TARGETS = ('arch=compute_80,code=sm_80', 'arch=compute_90,code=sm_90', 'arch=compute_90,code=compute_90')
 
 try:
@@ -86,7 +86,7 @@ def cpp_library(name: str, files: list[str], **extra: object) -> Extension:
     return cpp_extension.CppExtension(
         name,
         files,
-        include_dirs=[str(ROOT / 'ops' / 'include'), *extra.pop('include_dirs', [])],
+        include_dirs=extra.pop('include_dirs', []),
         extra_compile_args={'cxx': [*compile_args(), *extra.pop('flags', [])]},
         py_limited_api=True,
         **extra,
@@ -155,7 +155,7 @@ class BuildOperators(cpp_extension.BuildExtension if cpp_extension else build_ex
         objects, running = [], []
         for source in sources('ops/cuda/*.cu'):
             objects.append(str(folder / f'{Path(source).stem}.o'))
-            command = [str(find_nvcc()), *flags, '-I', 'ops/include', '-c', source, '-o', objects[-1]]
+            command = [str(find_nvcc()), *flags, '-c', source, '-o', objects[-1]]
             running.append(subprocess.Popen(command, cwd=ROOT))
         failed = [process.args for process in running if process.wait()]
         if failed:

@@ -159,7 +159,8 @@ def test_instance_attention_without_masks() -> None:
     module, arguments = build(InstanceAttention), inputs(InstanceAttention)
     output, masks = module(**arguments)
     assert masks.shape == (2, 6, 14, 14, 16)
-    torch.testing.assert_close(module(**arguments, mask_output=False), output, rtol=0, atol=1e-6)
+    # The two kernels add in different orders: equal up to the rounding of values of about 10.
+    torch.testing.assert_close(module(**arguments, mask_output=False), output, rtol=0, atol=1e-5)
 
 
 def test_offsets_are_eighths_of_the_window() -> None:
