@@ -1,5 +1,10 @@
 """The baseline of BoxeR does the official work and reaches the same results as our model."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from mmdet.structures import DetDataSample
@@ -93,3 +98,15 @@ def test_paste_full_image() -> None:
     expected = torch.zeros(8, 9)
     expected[1:5, 2:6] = 1
     torch.testing.assert_close(pasted[0] >= 0.5, expected.bool())
+
+
+@pytest.mark.slow
+def test_quick_run_as_json() -> None:
+    script = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'models.py'
+    command = [sys.executable, str(script), '--quick', '--repeats', '1', '--json']
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record['direction'] for record in records} == {'predict', 'fwdbwd'}
+    for record in records:
+        assert record['ratio'] == pytest.approx(record['baseline_ms'] / record['ms'], rel=1e-2)
+        assert record['extra_bytes'] > 0

@@ -9,20 +9,24 @@ operators run.  ``--quick`` shrinks models and images, to see that everything ru
 """
 
 import argparse
+import contextlib
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from mmdet.structures import DetDataSample
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
+
+with contextlib.redirect_stdout(sys.stderr):  # what mmdet prints when it is imported is no result
+    from mmdet.structures import DetDataSample
 
 from boltz_mm import __version__, ops  # noqa: E402
 from boltz_mm.registry import MODELS  # noqa: E402
@@ -38,6 +42,7 @@ def build(config: str, **changes: object) -> nn.Module:
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model)
+    MMLogger.get_current_instance().setLevel('WARNING')  # how each weight was initialised is no result either
     model.init_weights()
     return model.eval()
 
@@ -143,7 +148,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f'--repeats must be at least 1, got {args.repeats}')
-    register_all_modules(init_default_scope=False)
+    with contextlib.redirect_stdout(sys.stderr):
+        register_all_modules(init_default_scope=False)
     title = (
         f'boltz_mm {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
     )
