@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
-from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
-with contextlib.redirect_stdout(sys.stderr):  # what mmdet prints when it is imported is no result
+with contextlib.redirect_stdout(sys.stderr):  # what the libraries print when they are imported is no result
     from mmdet.structures import DetDataSample
+    from mmengine.config import Config
+    from mmengine.logging import MMLogger
+    from mmengine.registry import init_default_scope
+    from mmengine.structures import InstanceData
 
 from boltz_mm import __version__, ops  # noqa: E402
 from boltz_mm.registry import MODELS  # noqa: E402
