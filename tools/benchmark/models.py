@@ -28,11 +28,13 @@ with contextlib.redirect_stdout(sys.stderr):  # what the libraries print when th
     from mmengine.registry import init_default_scope
     from mmengine.structures import InstanceData
 
-from boltz_mm import __version__, ops  # noqa: E402
-from boltz_mm.registry import MODELS  # noqa: E402
-from boltz_mm.utils.register import register_all_modules  # noqa: E402
-from tools.benchmark.baselines.boxer import OfficialBoxeR  # noqa: E402
-from tools.benchmark.timing import Record, compare, extra_bytes, report  # noqa: E402
+    from boltz_mm import __version__, ops
+    from boltz_mm.registry import MODELS
+    from boltz_mm.utils.register import register_all_modules
+    from tools.benchmark.baselines.boxer import OfficialBoxeR
+    from tools.benchmark.timing import Record, compare, extra_bytes, report
+
+    register_all_modules(init_default_scope=False)
 
 
 def build(config: str, **changes: object) -> nn.Module:
@@ -148,8 +150,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f'--repeats must be at least 1, got {args.repeats}')
-    with contextlib.redirect_stdout(sys.stderr):
-        register_all_modules(init_default_scope=False)
     title = (
         f'boltz_mm {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
     )
