@@ -266,8 +266,9 @@ def test_readme_command_for_test_dev(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif('BOLTZ_MM_COCO100' not in os.environ, reason='BOLTZ_MM_COCO100 is not set')
-def test_readme_command_for_real_images():
-    root = os.environ['BOLTZ_MM_COCO100']
+def test_readme_command_for_real_images(tmp_path):
+    root = str(tmp_path / 'coco100')  # mmengine takes spaces out of --cfg-options
+    os.symlink(os.environ['BOLTZ_MM_COCO100'], root)
     config = Config.fromfile(ROOT / 'configs/boxer/boxer_r50_mask_8xb2-3x_coco.py')
     config.merge_from_dict(_options_of_readme('BOLTZ_MM_COCO100', BOLTZ_MM_COCO100=root))
     train, val = (DATASETS.build(loader.dataset) for loader in (config.train_dataloader, config.val_dataloader))
