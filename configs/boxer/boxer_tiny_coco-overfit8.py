@@ -4,7 +4,7 @@
 _base_ = [
     '../_base_/datasets/coco_category_id_instance.py',
     '../_base_/models/boxer_tiny.py',
-    '../_base_/schedules/boxer_28e.py',
+    '../_base_/schedules/boxer_32e.py',
 ]
 
 data_root = '{{$BOLTZ_MM_COCO100:data/coco}}'

@@ -3,7 +3,7 @@
 _base_ = [
     '../_base_/datasets/shapes_instance_hard.py',
     '../_base_/models/boxer_tiny.py',
-    '../_base_/schedules/boxer_28e.py',
+    '../_base_/schedules/boxer_32e.py',
 ]
 
 model = dict(bbox_head=dict(num_classes=10))

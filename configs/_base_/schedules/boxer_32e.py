@@ -1,8 +1,8 @@
 # AdamW with a short warm-up and a cosine, for models that are trained from scratch in minutes.
 _base_ = '../default_runtime.py'
 
-max_epochs = 28
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=7)
+max_epochs = 32
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=8)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -16,5 +16,5 @@ param_scheduler = [
     dict(type='CosineAnnealingLR', T_max=max_epochs, eta_min=1e-5, begin=0, end=max_epochs, convert_to_iter_based=True),
 ]
 
-default_hooks = dict(checkpoint=dict(interval=7, max_keep_ckpts=2, save_best='coco/bbox_mAP'))
+default_hooks = dict(checkpoint=dict(interval=8, max_keep_ckpts=2, save_best='coco/bbox_mAP'))
 auto_scale_lr = dict(enable=False, base_batch_size=8)
