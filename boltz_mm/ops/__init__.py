@@ -2,6 +2,7 @@
 
 - :func:`box_attention`, :func:`instance_attention`: a grid in each head's and level's box, sampled and weighted.
 - :func:`deform_attention`: the same at given points.
+- :func:`offset_features`: what AutoFocusFormer computes from the offset of a neighbour.
 - :func:`grid_points`, :func:`box_sampling_locations`, :func:`box_attention_weights`,
   :func:`instance_attention_weights`: what the fused kernels never hold, for pictures and tests.
 - :func:`available_backends`, :func:`use_backend`: native kernels or the PyTorch reference.
@@ -17,6 +18,7 @@ from boltz_mm.ops.box_attention import (
     instance_attention_weights,
 )
 from boltz_mm.ops.deform_attention import deform_attention
+from boltz_mm.ops.point_merge import offset_features
 
 __all__ = [
     'available_backends',
@@ -27,5 +29,6 @@ __all__ = [
     'grid_points',
     'instance_attention',
     'instance_attention_weights',
+    'offset_features',
     'use_backend',
 ]
