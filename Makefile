@@ -20,7 +20,7 @@ demo: setup ## make a dataset, train a small BoxeR on it through mim, evaluate, 
 	@bash tools/demo.sh $(ARGS)
 
 test: setup ## run the whole test suite
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
 
 lint: setup ## ruff, its formatter as a check, mypy
 	$(PY) -m ruff check .
