@@ -2,6 +2,8 @@
 
 - :func:`box_attention`, :func:`instance_attention`: a grid in each head's and level's box, sampled and weighted.
 - :func:`deform_attention`: the same at given points.
+- :func:`point_deform_attention`: deformable attention between points; :func:`inverse_distance_interpolate`,
+  :func:`inverse_distance_weights`, :func:`weighted_point_sampling`, :func:`points_to_image`: its parts.
 - :func:`offset_features`: what AutoFocusFormer computes from the offset of a neighbour.
 - :func:`grid_points`, :func:`box_sampling_locations`, :func:`box_attention_weights`,
   :func:`instance_attention_weights`: what the fused kernels never hold, for pictures and tests.
@@ -18,6 +20,13 @@ from boltz_mm.ops.box_attention import (
     instance_attention_weights,
 )
 from boltz_mm.ops.deform_attention import deform_attention
+from boltz_mm.ops.point_deform_attention import point_deform_attention
+from boltz_mm.ops.point_interpolate import (
+    inverse_distance_interpolate,
+    inverse_distance_weights,
+    points_to_image,
+    weighted_point_sampling,
+)
 from boltz_mm.ops.point_merge import offset_features
 
 __all__ = [
@@ -29,6 +38,11 @@ __all__ = [
     'grid_points',
     'instance_attention',
     'instance_attention_weights',
+    'inverse_distance_interpolate',
+    'inverse_distance_weights',
     'offset_features',
+    'point_deform_attention',
+    'points_to_image',
     'use_backend',
+    'weighted_point_sampling',
 ]

@@ -1,0 +1,170 @@
+"""Multi-scale deformable attention on points: samples between the tokens nearest to a cell, weighted and summed.
+
+Source: "AutoFocusFormer: Image Segmentation off the Grid" (arXiv 2304.12406), section 3.3; official files
+``mask2former/modeling/pixel_decoder/msdeformattn_pc.py`` (``MSDeformAttnPc``), ``point_utils.py`` and the operator
+``MSDETRPC`` of ``clusten.py``.
+
+For query q, head h, level l and point p, on a canvas of w x h cells::
+
+    at    = query_pos[q] + offsets[q, h, l, p]                         in cells
+    cell  = (clamp(round(at.x), 0, w - 1), clamp(round(at.y), 0, h - 1))   halves round to even
+    d_j   = |at - positions[t_j]|^2 for the tokens t_j = tables[l, cell]
+    u_j   = 1 / (d_j^power + 1e-11)
+    out[q, h] = sum over l, p of softmax_{l, p}(logits) * sum over j of (u_j / sum of u) * value[t_j, h]
+
+Gradients flow to value, logits, power and, through the distances (not through the choice of the cell), to offsets and
+``query_pos``.  The positions of tokens and the tables are constants.  A token at distance 0 passes no gradient on.
+
+Deviations: the official code gives NaN for a sample that is not finite, or so far away that ``d^power`` of all its
+tokens is beyond the range of numbers; here such a sample adds nothing to the sum and gets gradients of 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from boltz_mm.ops._checks import check_float, check_shape, check_value, compute_dtype
+from boltz_mm.ops.point_interpolate import Power, bags, check_power, inverse_distance_weights
+
+
+def point_deform_attention(
+    value: Tensor,
+    positions: Tensor,
+    level_sizes: Sequence[int],
+    tables: Tensor,
+    canvas: tuple[int, int],
+    query_pos: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    power: Power,
+) -> Tensor:
+    """Sample between the nearest tokens of every level and add up; see the formula at the top of this file.
+
+    Args:
+        value: ``[B, S, H, D]``, the tokens of all levels one level after the other.
+        positions: ``[B, S, 2]`` (x, y) of the tokens in cells of the canvas.
+        level_sizes: Number of tokens of each of the L levels, together S.
+        tables: ``[B, L, h * w, K]`` int64 or int32 (K = 4 in the paper): the tokens nearest to each cell of the canvas
+            (row by row), as numbers within their level.
+        canvas: (h, w).
+        query_pos: ``[B, N, 2]`` (x, y) in cells.
+        offsets: ``[B, N, H, L, P, 2]`` (x, y) in cells.
+        logits: ``[B, N, H, L, P]``, softmax over L and P jointly is taken inside.
+        power: Exponent of the squared distance; a number, or a tensor ``[1]`` with a gradient.
+
+    ``positions``, ``query_pos`` and ``tables`` may have a batch size of 1 for all images.
+
+    Returns:
+        ``[B, N, H * D]`` in the dtype of ``value``.  Positions, softmax, weights and sums are float32 (float64 for
+        float64 values) whatever autocast says: keep offsets in float32.
+
+    Raises:
+        TypeError: A tensor is not floating point, or the tables are no integers.
+        ValueError: Shapes do not match, or the level sizes do not add up to S.
+        RuntimeError: An entry of the tables is no token of its level (on the CPU).
+    """
+    check_value(value)
+    sizes = _check(value, positions, level_sizes, tables, canvas, query_pos, offsets, logits, power)
+    dtype = compute_dtype(value)
+    positions, query_pos = positions.detach().to(dtype), query_pos.to(dtype)
+    offsets, logits = offsets.to(dtype), logits.to(dtype)
+    power = power.to(dtype) if isinstance(power, Tensor) else float(power)
+    return reference_point_deform_attention(value, positions, sizes, tables, canvas, query_pos, offsets, logits, power)
+
+
+def reference_point_deform_attention(
+    value: Tensor,
+    positions: Tensor,
+    level_sizes: Sequence[int],
+    tables: Tensor,
+    canvas: tuple[int, int],
+    query_pos: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    power: Power,
+) -> Tensor:
+    """:func:`point_deform_attention` in plain PyTorch, with ``embedding_bag``; the same arguments, already checked."""
+    batch, queries, heads, levels, points, _ = offsets.shape
+    tokens, depth = value.shape[1], value.shape[3]
+    neighbours = tables.shape[3]
+    at = query_pos[:, :, None, None, None] + offsets
+    finite = at.isfinite().all(-1)
+    at = torch.where(finite[..., None], at, 0)
+    sizes = torch.tensor(level_sizes, device=value.device)
+    _check_tables(tables, sizes)
+    with torch.no_grad():
+        column = at[..., 0].round().clamp(0, canvas[1] - 1).long()
+        row = at[..., 1].round().clamp(0, canvas[0] - 1).long()
+        level = torch.arange(levels, device=value.device)[:, None]
+        image = torch.arange(batch, device=value.device)[:, None, None, None, None]
+        table = image * levels if tables.shape[0] > 1 else 0
+        entry = (table + level) * (canvas[0] * canvas[1]) + row * canvas[1] + column
+        starts = sizes.cumsum(0) - sizes
+        token = tables.reshape(-1, neighbours)[entry].long() + starts[:, None, None]
+        first = (image * tokens if positions.shape[0] > 1 else 0 * image)[..., None]
+        near = positions.flatten(0, 1)[token + first]
+        head = torch.arange(heads, device=value.device)[:, None, None, None]
+        rows = (token + image[..., None] * tokens) * heads + head
+    shares = inverse_distance_weights(at, near, power) * finite[..., None]
+    attention = logits.flatten(3).softmax(-1).view(logits.shape)
+    weights = (attention[..., None] * shares).flatten(3)
+    return bags(value.reshape(-1, depth), rows.flatten(3), weights).reshape(batch, queries, heads * depth)
+
+
+def _check_tables(tables: Tensor, sizes: Tensor) -> None:
+    """Require entries of the levels' sizes ``[L]``; on the CPU, where that needs no waiting."""
+    if tables.numel() == 0 or tables.device.type != 'cpu' or torch.compiler.is_compiling():
+        return
+    low, high = tables.transpose(0, 1).flatten(1).aminmax(dim=1)
+    wrong = (low < 0) | (high >= sizes)
+    if wrong.any():
+        level = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f'tables must hold tokens of their level: level {level} has {int(sizes[level])} tokens, its table '
+            f'{int(low[level])}..{int(high[level])}'
+        )
+
+
+def _check(
+    value: Tensor,
+    positions: Tensor,
+    level_sizes: Sequence[int],
+    tables: Tensor,
+    canvas: tuple[int, int],
+    query_pos: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    power: Power,
+) -> list[int]:
+    for name, tensor in (('positions', positions), ('query_pos', query_pos), ('offsets', offsets), ('logits', logits)):
+        check_float(name, tensor, value.device)
+    check_power(power, value.device)
+    sizes = [int(size) for size in level_sizes]
+    batch, tokens, heads, _ = value.shape
+    if any(size < 0 for size in sizes) or sum(sizes) != tokens:
+        raise ValueError(f'level_sizes {sizes} must add up to the {tokens} tokens of value')
+    height, width = canvas
+    if height < 1 or width < 1:
+        raise ValueError(f'canvas must be a positive (height, width), got {canvas}')
+    if not isinstance(tables, Tensor) or tables.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f'tables must be int64 or int32, got {getattr(tables, "dtype", type(tables).__name__)}')
+    if tables.device != value.device:
+        raise ValueError(f'tables are on {tables.device}, value on {value.device}')
+    if offsets.dim() != 6:
+        raise ValueError(f'offsets must have shape [B, N, H, L, P, 2], got {list(offsets.shape)}')
+    queries, points = offsets.shape[1], offsets.shape[4]
+    check_shape('offsets', offsets, '[B, N, H, L, P, 2]', (batch, queries, heads, len(sizes), points, 2))
+    check_shape('logits', logits, '[B, N, H, L, P]', offsets.shape[:5])
+    check_shape('positions', positions, '[B, S, 2]', (_batch(positions, batch), tokens, 2))
+    check_shape('query_pos', query_pos, '[B, N, 2]', (_batch(query_pos, batch), queries, 2))
+    if tables.dim() != 4 or tables.shape[3] < 1:
+        raise ValueError(f'tables must have shape [B, L, h * w, K] with K > 0, got {list(tables.shape)}')
+    expected = (_batch(tables, batch), len(sizes), height * width, tables.shape[3])
+    check_shape('tables', tables, '[B, L, h * w, K]', expected)
+    return sizes
+
+
+def _batch(tensor: Tensor, batch: int) -> int:
+    """The batch size that a tensor must have: 1 stands for all images."""
+    return 1 if tensor.dim() > 0 and tensor.shape[0] == 1 else batch
