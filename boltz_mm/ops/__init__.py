@@ -4,6 +4,8 @@
 - :func:`deform_attention`: the same at given points.
 - :func:`point_deform_attention`: deformable attention between points; :func:`inverse_distance_interpolate`,
   :func:`inverse_distance_weights`, :func:`weighted_point_sampling`, :func:`points_to_image`: its parts.
+- :func:`knn_points`, :func:`nearest_clusters`, :func:`nearest_other_distance`: exact nearest neighbours in the plane.
+- :func:`space_filling_clusters`: clusters of equal size along a curve.
 - :func:`offset_features`: what AutoFocusFormer computes from the offset of a neighbour.
 - :func:`grid_points`, :func:`box_sampling_locations`, :func:`box_attention_weights`,
   :func:`instance_attention_weights`: what the fused kernels never hold, for pictures and tests.
@@ -19,7 +21,9 @@ from boltz_mm.ops.box_attention import (
     instance_attention,
     instance_attention_weights,
 )
+from boltz_mm.ops.clustering import Clusters, space_filling_clusters
 from boltz_mm.ops.deform_attention import deform_attention
+from boltz_mm.ops.neighbors import knn_points, nearest_clusters, nearest_other_distance
 from boltz_mm.ops.point_deform_attention import point_deform_attention
 from boltz_mm.ops.point_interpolate import (
     inverse_distance_interpolate,
@@ -30,6 +34,7 @@ from boltz_mm.ops.point_interpolate import (
 from boltz_mm.ops.point_merge import offset_features
 
 __all__ = [
+    'Clusters',
     'available_backends',
     'box_attention',
     'box_attention_weights',
@@ -43,6 +48,11 @@ __all__ = [
     'offset_features',
     'point_deform_attention',
     'points_to_image',
+    'knn_points',
+    'nearest_clusters',
+    'nearest_other_distance',
+    'offset_features',
+    'space_filling_clusters',
     'use_backend',
     'weighted_point_sampling',
 ]
