@@ -6,6 +6,8 @@
   :func:`inverse_distance_weights`, :func:`weighted_point_sampling`, :func:`points_to_image`: its parts.
 - :func:`knn_points`, :func:`nearest_clusters`, :func:`nearest_other_distance`: exact nearest neighbours in the plane.
 - :func:`space_filling_clusters`: clusters of equal size along a curve.
+- :func:`cluster_attention`: attention to the members of the nearest clusters; :func:`cluster_qk` and :func:`cluster_av`
+  are its two products, for any index.
 - :func:`offset_features`: what AutoFocusFormer computes from the offset of a neighbour.
 - :func:`grid_points`, :func:`box_sampling_locations`, :func:`box_attention_weights`,
   :func:`instance_attention_weights`: what the fused kernels never hold, for pictures and tests.
@@ -21,6 +23,7 @@ from boltz_mm.ops.box_attention import (
     instance_attention,
     instance_attention_weights,
 )
+from boltz_mm.ops.cluster_attention import cluster_attention, cluster_av, cluster_qk
 from boltz_mm.ops.clustering import Clusters, space_filling_clusters
 from boltz_mm.ops.deform_attention import deform_attention
 from boltz_mm.ops.neighbors import knn_points, nearest_clusters, nearest_other_distance
@@ -39,19 +42,21 @@ __all__ = [
     'box_attention',
     'box_attention_weights',
     'box_sampling_locations',
+    'cluster_attention',
+    'cluster_av',
+    'cluster_qk',
     'deform_attention',
     'grid_points',
     'instance_attention',
     'instance_attention_weights',
     'inverse_distance_interpolate',
     'inverse_distance_weights',
-    'offset_features',
-    'point_deform_attention',
-    'points_to_image',
     'knn_points',
     'nearest_clusters',
     'nearest_other_distance',
     'offset_features',
+    'point_deform_attention',
+    'points_to_image',
     'space_filling_clusters',
     'use_backend',
     'weighted_point_sampling',
