@@ -8,7 +8,8 @@
 - :func:`space_filling_clusters`: clusters of equal size along a curve.
 - :func:`cluster_attention`: attention to the members of the nearest clusters; :func:`cluster_qk` and :func:`cluster_av`
   are its two products, for any index.
-- :func:`offset_features`: what AutoFocusFormer computes from the offset of a neighbour.
+- :func:`point_merge`: neighbours of points merged with weights that follow from their offset
+  (:func:`offset_features`); :func:`cluster_wf`, :func:`weighted_gather`: with given weights.
 - :func:`grid_points`, :func:`box_sampling_locations`, :func:`box_attention_weights`,
   :func:`instance_attention_weights`: what the fused kernels never hold, for pictures and tests.
 - :func:`available_backends`, :func:`use_backend`: native kernels or the PyTorch reference.
@@ -34,7 +35,7 @@ from boltz_mm.ops.point_interpolate import (
     points_to_image,
     weighted_point_sampling,
 )
-from boltz_mm.ops.point_merge import offset_features
+from boltz_mm.ops.point_merge import cluster_wf, offset_features, point_merge, weighted_gather
 
 __all__ = [
     'Clusters',
@@ -45,6 +46,7 @@ __all__ = [
     'cluster_attention',
     'cluster_av',
     'cluster_qk',
+    'cluster_wf',
     'deform_attention',
     'grid_points',
     'instance_attention',
@@ -56,8 +58,10 @@ __all__ = [
     'nearest_other_distance',
     'offset_features',
     'point_deform_attention',
+    'point_merge',
     'points_to_image',
     'space_filling_clusters',
     'use_backend',
+    'weighted_gather',
     'weighted_point_sampling',
 ]
