@@ -3,5 +3,12 @@
 from boltz_mm.models.heads.boxer3d_head import BoxeR3DHead
 from boltz_mm.models.heads.boxer_head import BoxeRHead
 from boltz_mm.models.heads.boxer_mask_head import BoxeRMaskHead
+from boltz_mm.models.heads.point_pixel_decoder import PixelDecoderOutput, PointPixelDecoder
 
-__all__ = ['BoxeR3DHead', 'BoxeRHead', 'BoxeRMaskHead']
+__all__ = [
+    'BoxeR3DHead',
+    'BoxeRHead',
+    'BoxeRMaskHead',
+    'PixelDecoderOutput',
+    'PointPixelDecoder',
+]

@@ -15,6 +15,10 @@ from boltz_mm.models.layers.box_transformer import (
     BoxTransformerEncoderLayer,
 )
 from boltz_mm.models.layers.deform_attention import NativeMultiScaleDeformableAttention, native_deform_attention
+from boltz_mm.models.layers.point_conv import PointConv
+from boltz_mm.models.layers.point_deform_attention import PointDeformAttention, PointDeformEncoder, PointLevels
+from boltz_mm.models.layers.point_masked_decoder import PointMaskedDecoder
+from boltz_mm.models.layers.point_position import PointSineEncoding
 
 __all__ = [
     'Box3dAttention',
@@ -30,5 +34,11 @@ __all__ = [
     'BoxTransformerEncoderLayer',
     'InstanceAttention',
     'NativeMultiScaleDeformableAttention',
+    'PointConv',
+    'PointDeformAttention',
+    'PointDeformEncoder',
+    'PointLevels',
+    'PointMaskedDecoder',
+    'PointSineEncoding',
     'native_deform_attention',
 ]
