@@ -23,6 +23,7 @@ class ConversionReport:
         missing: Keys of the model that the file lacks.
         mismatched: Our key -> (shape in the file, shape in the model).
         num_classes: Classes of the file; ``None`` if it has no classifier.
+        dropped: Official keys that were recognised and left out: what the target has no use for.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -31,6 +32,7 @@ class ConversionReport:
     missing: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     num_classes: int | None = None
+    dropped: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -40,6 +42,7 @@ class ConversionReport:
     def __str__(self) -> str:
         classes = '' if self.num_classes is None else f', {self.num_classes} classes'
         lines = [f'{len(self.renamed)} tensors converted, {len(self.added)} counters added{classes}']
+        lines += [f'left out: {key}' for key in self.dropped]
         lines += [f'unexpected: {key}' for key in self.unexpected]
         lines += [f'missing: {key}' for key in self.missing]
         lines += [f'mismatched: {key}: {ours} in the file, {model} in the model'
