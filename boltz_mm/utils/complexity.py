@@ -8,7 +8,7 @@ our operators consists of (it then lacks only the sums over the samples of mask 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,3 +77,52 @@ def count_complexity(model: nn.Module, forward: Callable[[], Tensor | Any]) -> C
     by_operator = {str(name): int(count) for name, count in sorted(counts.items(), key=lambda item: -item[1])}
     params = sum(parameter.numel() for parameter in model.parameters())
     return Complexity(sum(by_operator.values()), by_operator, params)
+
+
+def published_aff_macs(
+    embed_dims: Sequence[int],
+    depths: Sequence[int],
+    num_heads: Sequence[int],
+    mlp_ratio: float,
+    ds_rate: float,
+    img_size: int,
+    num_classes: int = 1000,
+) -> int:
+    """Multiply-adds of an AutoFocusFormer classifier by the rule behind the published figures.
+
+    The rule is that of ptflops 0.6.9 on the official modules, for one square image: convolutions and linear maps with
+    their biases (a linear map's once, not for each token), batch norm as two operations and GELU as one for each
+    number; no layer norms, no products of queries, keys and values (neither among neighbours nor in the global last
+    stage), no merging sums, no search for neighbours.  The tables of relative positions count in full, once for each
+    block and each reduction, although :class:`~boltz_mm.models.backbones.aff.AFF` has no tables.
+
+    Args:
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        num_heads: Heads of each stage.
+        mlp_ratio: Channels inside an MLP as a multiple of those outside.
+        ds_rate: Share of tokens that a stage hands on.
+        img_size: Height and width of the image.
+        num_classes: Outputs of the classifier.
+
+    Returns:
+        The count; published in units of 10**9.
+    """
+    half, side = -(-img_size // 2), -(-img_size // 4)
+    stem, width = embed_dims[0] // 2, embed_dims[0]
+    macs = half**2 * stem * (3 * 9 + 1 + 2 + 1)  # convolution, its bias, norm, activation
+    tokens = side**2
+    macs += tokens * width * (stem * 9 + 1)
+    table = (2 * (img_size // 4) - 1) ** 2
+    for stage, (width, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        hidden = int(width * mlp_ratio)
+        outputs = (width, 2 * width, width, hidden)  # q, kv, proj, first of the MLP: all from ``width``
+        block = tokens * (width * sum(outputs) + hidden * width + hidden) + sum(outputs) + width
+        macs += depth * (block + table * 5 * heads + heads)
+        if stage + 1 < len(embed_dims):
+            following = embed_dims[stage + 1]
+            macs += tokens * width + 1  # importance
+            macs += table * (5 * 4 + 4) + 4  # weights of the merge
+            tokens = int(tokens * ds_rate)
+            macs += tokens * 4 * width * following + following
+    return macs + embed_dims[-1] * num_classes + num_classes

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from boltz_mm import ops
-from boltz_mm.utils.complexity import count_complexity
+from boltz_mm.utils.complexity import count_complexity, published_aff_macs
 
 
 def test_matrix_product_and_parameters() -> None:
@@ -46,3 +46,26 @@ def test_our_operators_count_alike_on_both_backends(backend: str, name: str) -> 
 def test_nothing_counted() -> None:
     result = count_complexity(nn.Identity(), lambda: None)
     assert (result.flops, result.by_operator, result.params) == (0, {}, 0)
+
+
+MINI = {'embed_dims': (32, 128, 256, 384), 'depths': (2, 2, 6, 2), 'num_heads': (2, 4, 8, 16), 'mlp_ratio': 2}
+TINY = {'embed_dims': (64, 128, 256, 512), 'depths': (3, 4, 18, 5), 'num_heads': (2, 4, 8, 16), 'mlp_ratio': 3}
+SMALL = {'embed_dims': (96, 192, 384, 768), 'depths': (3, 4, 18, 2), 'num_heads': (3, 6, 12, 24), 'mlp_ratio': 3}
+BASE = {'embed_dims': (128, 256, 512, 1024), 'depths': (3, 4, 18, 2), 'num_heads': (4, 8, 16, 32), 'mlp_ratio': 3}
+
+
+@pytest.mark.parametrize(
+    ('arch', 'ds_rate', 'img_size', 'published'),
+    [
+        (MINI, 0.25, 224, '1.0763'),
+        (MINI, 0.2, 224, '0.7335'),
+        (TINY, 0.25, 224, '4.0241'),
+        (TINY, 0.2, 224, '2.7406'),
+        (SMALL, 0.25, 224, '8.1552'),
+        (SMALL, 0.2, 224, '5.6932'),
+        (BASE, 0.25, 224, '14.4763'),
+        (BASE, 0.25, 384, '42.5410'),
+    ],
+)
+def test_published_count_of_autofocusformer(arch: dict, ds_rate: float, img_size: int, published: str) -> None:
+    assert f'{published_aff_macs(**arch, ds_rate=ds_rate, img_size=img_size) / 1e9:.4f}' == published
