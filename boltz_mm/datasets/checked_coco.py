@@ -13,6 +13,7 @@ floats as sizes, extra keys, category ids with gaps, images without annotations,
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,15 @@ def read_coco(path: str) -> dict[str, Any]:
     Raises:
         DatasetError: See :class:`CheckedCOCO`.
     """
+    return read_checked_json(path, check_coco)
+
+
+def read_checked_json(path: str, check: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Read an annotation file and return what ``check`` makes of its content.
+
+    Raises:
+        DatasetError: The file cannot be read, is not JSON, or ``check`` raised this error; the file is named.
+    """
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
@@ -74,44 +84,60 @@ def read_coco(path: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DatasetError(f'{path}: cannot be read as JSON: {error}') from error
     try:
-        return check_coco(content)
+        return check(content)
     except DatasetError as error:
         raise DatasetError(f'{path}: {error}') from None
 
 
 def check_coco(content: Any) -> dict[str, Any]:
     """Check the structure, ids and boxes of a COCO dictionary (see :func:`read_coco`)."""
-    if not isinstance(content, dict):
-        raise DatasetError(f'expected a dictionary, got {_short(content)}')
-    for key in ('images', 'categories', 'annotations'):
-        content.setdefault(key, [] if key == 'annotations' else None)
-        if not isinstance(content[key], list):
-            raise DatasetError(f'{key!r} has to be a list, got {_short(content[key])}')
-    categories = _by_id(content['categories'], 'category')
-    for number, category in categories.items():
-        if not isinstance(number, int) or not isinstance(category.get('name'), str):
-            raise DatasetError(f'category {number!r}: needs an integer id and a name, got {_short(category)}')
-    names = Counter(category['name'] for category in categories.values())
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise DatasetError(f'two categories have the same name: {_short(twice[0])}')
-    images = _by_id(content['images'], 'image')
-    for number, image in images.items():
-        _check_image(number, image)
+    images, categories = check_images_and_categories(content)
     _by_id(content['annotations'], 'annotation')
     for annotation in content['annotations']:
         _check_annotation(annotation, images, categories)
     return content
 
 
+def check_images_and_categories(content: Any) -> tuple[dict[Any, dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """Check what instance and panoptic files have in common.
+
+    Args:
+        content: The file; without ``annotations`` it gets an empty list of them.
+
+    Returns:
+        Images and categories by their ids.
+
+    Raises:
+        DatasetError: One of them is not in COCO's layout, or an id or a category's name is used twice.
+    """
+    if not isinstance(content, dict):
+        raise DatasetError(f'expected a dictionary, got {short(content)}')
+    for key in ('images', 'categories', 'annotations'):
+        content.setdefault(key, [] if key == 'annotations' else None)
+        if not isinstance(content[key], list):
+            raise DatasetError(f'{key!r} has to be a list, got {short(content[key])}')
+    categories = _by_id(content['categories'], 'category')
+    for number, category in categories.items():
+        if not isinstance(number, int) or not isinstance(category.get('name'), str):
+            raise DatasetError(f'category {number!r}: needs an integer id and a name, got {short(category)}')
+    names = Counter(category['name'] for category in categories.values())
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise DatasetError(f'two categories have the same name: {short(twice[0])}')
+    images = _by_id(content['images'], 'image')
+    for number, image in images.items():
+        _check_image(number, image)
+    return images, categories
+
+
 def _by_id(entries: list[Any], kind: str) -> dict[Any, dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            raise DatasetError(f'{kind} at position {position}: expected a dictionary, got {_short(entry)}')
+            raise DatasetError(f'{kind} at position {position}: expected a dictionary, got {short(entry)}')
         number = entry.get('id')
         if isinstance(number, bool) or not isinstance(number, int | str):
-            raise DatasetError(f'{kind} at position {position}: needs an id, got {_short(number)}')
+            raise DatasetError(f'{kind} at position {position}: needs an id, got {short(number)}')
         if number in found:
             raise DatasetError(f'{kind} {number!r}: the id is used twice')
         found[number] = entry
@@ -121,30 +147,30 @@ def _by_id(entries: list[Any], kind: str) -> dict[Any, dict[str, Any]]:
 def _check_image(number: Any, image: dict[str, Any]) -> None:
     name = image.get('file_name')
     if not isinstance(name, str) or not name:
-        raise DatasetError(f'image {number!r}: file_name has to be a name, got {_short(name)}')
+        raise DatasetError(f'image {number!r}: file_name has to be a name, got {short(name)}')
     for key in ('height', 'width'):
         side: Any = image.get(key)
         if not _is_number(side) or side != int(side) or not 0 < side <= MAX_SIDE:
-            raise DatasetError(f'image {number!r}: {key} has to be an integer in 1..{MAX_SIDE}, got {_short(side)}')
+            raise DatasetError(f'image {number!r}: {key} has to be an integer in 1..{MAX_SIDE}, got {short(side)}')
         image[key] = int(side)
 
 
 def _check_annotation(annotation: dict[str, Any], images: dict, categories: dict) -> None:
     image_id, category_id = annotation.get('image_id'), annotation.get('category_id')
-    where = f'image {_short(image_id)}, annotation {annotation["id"]!r}'
-    if not _is_key(image_id) or image_id not in images:
+    where = f'image {short(image_id)}, annotation {annotation["id"]!r}'
+    if not is_key(image_id) or image_id not in images:
         raise DatasetError(f'{where}: the image is not listed in the file')
-    if not _is_key(category_id) or category_id not in categories:
-        raise DatasetError(f'{where}: unknown category {_short(category_id)}')
+    if not is_key(category_id) or category_id not in categories:
+        raise DatasetError(f'{where}: unknown category {short(category_id)}')
     box = annotation.get('bbox')
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise DatasetError(f'{where}: bbox has to be 4 finite numbers, got {_short(box)}')
+        raise DatasetError(f'{where}: bbox has to be 4 finite numbers, got {short(box)}')
     annotation.setdefault('area', box[2] * box[3])
     if not _is_number(annotation['area']):
-        raise DatasetError(f'{where}: area has to be a finite number, got {_short(annotation["area"])}')
+        raise DatasetError(f'{where}: area has to be a finite number, got {short(annotation["area"])}')
     crowd = annotation.setdefault('iscrowd', 0)
     if not isinstance(crowd, int) or crowd not in (0, 1):
-        raise DatasetError(f'{where}: iscrowd has to be 0 or 1, got {_short(crowd)}')
+        raise DatasetError(f'{where}: iscrowd has to be 0 or 1, got {short(crowd)}')
 
 
 def check_segmentation(segmentation: Any, height: int, width: int) -> None:
@@ -156,20 +182,20 @@ def check_segmentation(segmentation: Any, height: int, width: int) -> None:
     if isinstance(segmentation, list):
         for polygon in segmentation:
             if not isinstance(polygon, list) or not all(map(_is_coordinate, polygon)):
-                raise DatasetError(f'segmentation: a polygon has to be a list of coordinates, got {_short(polygon)}')
+                raise DatasetError(f'segmentation: a polygon has to be a list of coordinates, got {short(polygon)}')
         return
     if not isinstance(segmentation, dict):
-        raise DatasetError(f'segmentation has to be polygons or run lengths, got {_short(segmentation)}')
+        raise DatasetError(f'segmentation has to be polygons or run lengths, got {short(segmentation)}')
     size, counts = segmentation.get('size'), segmentation.get('counts')
     if size != [height, width]:
-        raise DatasetError(f'segmentation: size has to be {[height, width]}, got {_short(size)}')
+        raise DatasetError(f'segmentation: size has to be {[height, width]}, got {short(size)}')
     if isinstance(counts, list):
         if not all(isinstance(run, int) and 0 <= run <= height * width for run in counts):
             raise DatasetError(f'segmentation: counts have to be lengths in 0..{height * width}')
         if sum(counts) != height * width:
             raise DatasetError(f'segmentation: counts add up to {sum(counts)}, not to {height} x {width}')
     elif not isinstance(counts, str):
-        raise DatasetError(f'segmentation: counts have to be a list or a string, got {_short(counts)}')
+        raise DatasetError(f'segmentation: counts have to be a list or a string, got {short(counts)}')
     else:
         _check_compressed(segmentation)
 
@@ -181,7 +207,8 @@ def _check_compressed(segmentation: dict[str, Any]) -> None:
         raise DatasetError(f'segmentation: broken run lengths: {error}') from error
 
 
-def _is_key(value: Any) -> bool:
+def is_key(value: Any) -> bool:
+    """Whether the value can be an id."""
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
@@ -199,7 +226,8 @@ def _is_coordinate(value: Any) -> bool:
     return _is_number(value) and abs(value) <= MAX_SIDE
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """The value as text of at most 60 characters, for a message."""
     text = repr(value)
     return text if len(text) <= 60 else f'{text[:57]}...'
 
@@ -250,7 +278,7 @@ class CheckedCocoDataset(CocoDataset):
         if names != classes:
             raise DatasetError(
                 'the classes of metainfo have to appear in the file, in their order; '
-                f'metainfo has {_short(classes)}, of these the file has {_short(names)}'
+                f'metainfo has {short(classes)}, of these the file has {short(names)}'
             )
         return {category['id']: label for label, category in enumerate(known)}
 
@@ -295,6 +323,8 @@ class CheckedCocoDataset(CocoDataset):
             sample = self.pipeline(info)
         except MemoryError:
             raise
+        except DatasetError as error:
+            raise DatasetError(f'{where}: {error}') from None
         except Exception as error:
             raise DatasetError(f'{where}: {type(error).__name__}: {error}') from error
         shape = _loaded_shape(sample)

@@ -9,6 +9,7 @@ from boltz_mm.datasets.transforms.boxer import (
     BoxeRScaleJitter,
 )
 from boltz_mm.datasets.transforms.draws import Draws, RecordedDraws
+from boltz_mm.datasets.transforms.panoptic import LoadPanopticSegments, PanopticSegmentsToInstances
 
 __all__ = [
     'BoxeRRandomChoice',
@@ -18,5 +19,7 @@ __all__ = [
     'BoxeRResize',
     'BoxeRScaleJitter',
     'Draws',
+    'LoadPanopticSegments',
+    'PanopticSegmentsToInstances',
     'RecordedDraws',
 ]
