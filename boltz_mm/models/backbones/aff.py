@@ -19,7 +19,7 @@ nothing of it beyond what any other image would do to them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from mmengine.model import BaseModule
@@ -147,7 +147,8 @@ def layout_of_weights(state: Mapping[str, Tensor], prefix: str = '') -> Layout |
         found.append((state[f'{block}norm1.weight'].shape[0], depth, heads, hidden))
     if not found:
         return None
-    return Layout(*zip(*found, strict=True), f'{first.format(0)}gamma1' in state)  # type: ignore[arg-type]
+    embed_dims, depths, num_heads, feedforward = zip(*found, strict=True)
+    return Layout(embed_dims, depths, num_heads, feedforward, f'{first.format(0)}gamma1' in state)
 
 
 @MODELS.register_module()
@@ -331,7 +332,7 @@ class AFF(BaseModule):
 
     def _cluster_grid(self, shape: tuple[int, int], device: torch.device) -> Clustered:
         """Clusters of the full grid, batch of 1; once for each size."""
-        stage = self.layers[0]
+        stage = cast(ClusterStage, self.layers[0])
 
         def make() -> Clustered:
             clustered = stage.cluster(grid_positions(shape, device), shape)

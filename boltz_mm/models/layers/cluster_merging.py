@@ -13,6 +13,8 @@ Deviations from the official code, where that is undefined or fails:
 * A NaN importance counts as 0 in the selection; the features it is merged into become NaN.
 """
 
+from typing import cast
+
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -211,7 +213,7 @@ class ClusterMerging(BaseModule):
         """
         pos, nearest, cluster_size = neighborhood
         kept_pos = _take(pos, kept)
-        linear, norm = self.weight_net
+        linear, norm = cast('tuple[nn.Linear, nn.LayerNorm]', tuple(self.weight_net))
         merged = ops.point_merge(
             feat,
             query_pos=kept_pos,
