@@ -24,7 +24,7 @@ from tests.datasets.coco_files import coco_content, write_coco
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
-WITH_DATA = [path for path in CONFIGS if 'boxer3d' not in path.name]
+WITH_DATA = [path for path in CONFIGS if path.parent.name == 'boxer' and 'boxer3d' not in path.name]
 OFFICIAL_COCO = [path for path in WITH_DATA if path.name.endswith('_coco.py')]
 METAFILES = sorted((ROOT / 'configs').rglob('metafile.yml'))
 
@@ -40,6 +40,13 @@ def _all_configs(function):
 @pytest.fixture(autouse=True)
 def _scope():
     init_default_scope('mmdet')
+
+
+def _read(path: Path) -> Config:
+    """The config; its scope becomes the default one."""
+    config = Config.fromfile(path)
+    init_default_scope(config.default_scope)
+    return config
 
 
 def _models() -> dict[str, dict[str, Any]]:
@@ -61,8 +68,9 @@ def test_dump_and_reload_give_the_same(path, tmp_path):
 
 @_all_configs
 def test_model_builds_with_the_parameters_of_the_metafile(path):
+    config = _read(path)
     with torch.device('meta'):
-        model = MODELS.build(Config.fromfile(path).model)
+        model = MODELS.build(config.model)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert count == _models()[path.stem]['Metadata']['Parameters']
 
@@ -70,18 +78,33 @@ def test_model_builds_with_the_parameters_of_the_metafile(path):
 @_all_configs
 def test_every_named_part_is_registered(path):
     """Whatever has a type can be found: optimizer, hooks, loops, schedulers, visualizer, metrics."""
-    from mmengine.registry import HOOKS, LOOPS, OPTIM_WRAPPERS, OPTIMIZERS, PARAM_SCHEDULERS, VISUALIZERS
+    from mmengine.registry import (
+        HOOKS,
+        LOOPS,
+        OPTIM_WRAPPER_CONSTRUCTORS,
+        OPTIM_WRAPPERS,
+        OPTIMIZERS,
+        PARAM_SCHEDULERS,
+        VISUALIZERS,
+    )
 
-    config = Config.fromfile(path)
+    config = _read(path)
     hooks = [*config.default_hooks.values(), *config.get('custom_hooks', [])]
     named = [(HOOKS, hook) for hook in hooks] + [(PARAM_SCHEDULERS, one) for one in config.param_scheduler]
-    named += [(LOOPS, config[key]) for key in ('train_cfg', 'val_cfg', 'test_cfg') if 'type' in config.get(key, {})]
-    named += [(METRICS, config[key]) for key in ('val_evaluator', 'test_evaluator') if key in config]
+    named += [(LOOPS, config[key]) for key in ('train_cfg', 'val_cfg', 'test_cfg') if 'type' in (config.get(key) or {})]
+    named += [(METRICS, one) for key in ('val_evaluator', 'test_evaluator') for one in _listed(config.get(key))]
     named += [(OPTIM_WRAPPERS, config.optim_wrapper), (OPTIMIZERS, config.optim_wrapper.optimizer)]
     named += [(VISUALIZERS, config.visualizer)]
+    if 'constructor' in config.optim_wrapper:
+        named += [(OPTIM_WRAPPER_CONSTRUCTORS, {'type': config.optim_wrapper.constructor})]
     for registry, part in named:
-        kind = part['type'] if '.' in part['type'] else f'mmdet.{part["type"]}'
+        kind = part['type'] if '.' in part['type'] else f'{config.default_scope}.{part["type"]}'
         assert registry.get(kind) or registry.get(part['type']), part['type']
+
+
+def _listed(part: Any) -> list:
+    """Nothing, one or several parts as a list."""
+    return part if isinstance(part, list) else [part] if part else []
 
 
 @pytest.mark.parametrize('name', ['shapes_instance', 'shapes_instance_hard'])
@@ -202,25 +225,35 @@ def test_published_results_are_marked_and_come_without_weights():
 
 
 def _readme_rows() -> dict[str, dict[str, str]]:
+    """Every row of the tables of configs in the READMEs, by the name of the config."""
     rows = {}
     for path in METAFILES:
-        lines = [line for line in path.with_name('README.md').read_text().splitlines() if line.startswith('| ')]
-        header = [cell.strip() for cell in lines[0].strip('|').split('|')]
-        for line in lines[2:]:
-            cells = [cell.strip() for cell in line.strip('|').split('|')]
-            name, file = re.fullmatch(r'\[(.+)\]\((.+)\)', cells[0]).groups()
-            assert (path.parent / file).is_file() and Path(file).stem == name
-            rows[name] = dict(zip(header, cells, strict=True))
+        header: list[str] = []
+        for line in path.with_name('README.md').read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip('|').split('|')] if line.startswith('| ') else []
+            if cells and cells[0] == 'Config':
+                header = cells
+            elif not cells:
+                header = []
+            elif header and not cells[0].startswith(':'):
+                name, file = re.fullmatch(r'\[(.+)\]\((.+)\)', cells[0]).groups()
+                assert (path.parent / file).is_file() and Path(file).stem == name
+                assert name not in rows
+                rows[name] = dict(zip(header, cells, strict=True))
     return rows
 
 
-def test_readme_table_agrees_with_the_metafile():
+METRIC_NAMES = ('box AP', 'mask AP', 'PQ', 'mIoU', 'Top 1 Accuracy', 'Top 5 Accuracy')
+
+
+def test_readme_tables_agree_with_the_metafiles():
     rows = _readme_rows()
     assert set(rows) == set(_models())
     for name, model in _models().items():
         metrics = {key: value for result in model.get('Results', ()) for key, value in result['Metrics'].items()}
         assert rows[name]['Params (M)'] == f'{model["Metadata"]["Parameters"] / 1e6:.1f}'
-        for key in ('box AP', 'mask AP'):
+        assert set(metrics) <= set(rows[name])
+        for key in set(METRIC_NAMES) & set(rows[name]):
             assert rows[name][key] == str(metrics.get(key, '-'))
 
 

@@ -12,12 +12,14 @@ optim_wrapper = dict(
     paramwise_cfg=dict(flat_decay_mult=0.0, bias_decay_mult=0.0, norm_decay_mult=0.0),
     clip_grad=dict(max_norm=5.0),
 )
-param_scheduler = dict(
-    type='boltz_mm.WarmupCosineLR',
-    warmup=20,
-    total=max_epochs,
-    start_ratio=1e-3,
-    min_ratio=1e-2,
-    convert_to_iter_based=True,
-)
+param_scheduler = [
+    dict(
+        type='boltz_mm.WarmupCosineLR',
+        warmup=20,
+        total=max_epochs,
+        start_ratio=1e-3,
+        min_ratio=1e-2,
+        convert_to_iter_based=True,
+    )
+]
 auto_scale_lr = dict(enable=False, base_batch_size=4096)

@@ -40,7 +40,7 @@ def _rates(schedulers: list[dict[str, Any]], base: float, updates: list[int]) ->
 @handler('aff', 'lr_cosine')
 def lr_cosine(case: Case) -> Produced:
     kwargs = case.kwargs
-    scheduler = Config.fromfile(SCHEDULES / 'aff_in1k.py').to_dict()['param_scheduler']
+    [scheduler] = Config.fromfile(SCHEDULES / 'aff_in1k.py').to_dict()['param_scheduler']
     del scheduler['convert_to_iter_based']
     scheduler |= {
         'total': kwargs['epochs'] * kwargs['iters_per_epoch'],
