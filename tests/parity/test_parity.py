@@ -3,8 +3,11 @@
 Run the carried cases with ``pytest tests/parity``, any other folder with ``pytest tests/parity --parity-root DIR``.
 """
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 
 from boltz_mm.ops import available_backends, use_backend
 from tests.parity.case import Case
@@ -18,6 +21,12 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def default_scope(monkeypatch: pytest.MonkeyPatch):
+    """No case sees the default scope that another one has set."""
+    monkeypatch.setattr(DefaultScope, '_instance_dict', OrderedDict())
 
 
 @pytest.mark.parametrize('backend', available_backends())

@@ -24,6 +24,30 @@ from boltz_mm.models.losses.point_sampled_set_loss import PointSampledSetLoss
 from boltz_mm.registry import MODELS
 from boltz_mm.structures import PointFeature
 
+# Cells of the canvas are this many pixels apart.
+_STRIDE = 4
+
+
+def upsample_masks(masks: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring masks of the stride-4 grid to the size of the images.
+
+    Args:
+        masks: Mask logits ``[B, Q, h, w]``.
+        size: Height and width of the images; multiples of 4 in the official code (of 32, to be exact).  What the
+            backbone has padded beyond them is cut off.
+
+    Returns:
+        ``[B, Q, H, W]``.
+
+    Raises:
+        ValueError: ``size`` is not one that gives such a grid.
+    """
+    canvas, (height, width) = tuple(masks.shape[-2:]), size[:2]
+    if canvas != (-(-height // _STRIDE), -(-width // _STRIDE)):
+        raise ValueError(f'images of {height} x {width} pixels do not give masks of {canvas[0]} x {canvas[1]} cells')
+    full = (canvas[0] * _STRIDE, canvas[1] * _STRIDE)
+    return F.interpolate(masks, size=full, mode='bilinear', align_corners=False)[..., :height, :width]
+
 
 @MODELS.register_module()
 class PointMask2FormerHead(MaskFormerHead):
@@ -195,5 +219,4 @@ class PointMask2FormerHead(MaskFormerHead):
             Class logits ``[B, Q, K + 1]`` and mask logits ``[B, Q, H, W]``.
         """
         [classes], [masks] = self(x, batch_data_samples, last_only=True)
-        size = tuple(batch_data_samples[0].metainfo['batch_input_shape'])
-        return classes, F.interpolate(masks, size=size, mode='bilinear', align_corners=False)
+        return classes, upsample_masks(masks, batch_data_samples[0].metainfo['batch_input_shape'])

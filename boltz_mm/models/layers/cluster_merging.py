@@ -5,8 +5,9 @@ Parameter names are the official ones.
 
 Deviations from the official code, where that is undefined or fails:
 
-* Order of the kept tokens: ascending index, the reserved ones last.  Officially the first part comes in the order of
-  an unsorted top-k.  Tokens of equal score are kept in ascending index too.
+* Order of the kept tokens: descending score, the reserved ones last in ascending index.  Officially the first part
+  comes in the order of an unsorted top-k; it decides which of several equally near tokens is a neighbour later on.
+  Of tokens of equal score the one with the lowest index comes first.
 * At least the reserved tokens are kept, and at least one (officially small images raise an error).
 * A token without neighbours (an image of one token) is on the coarse grid, and global attention (no clusters) is a
   neighbourhood of all tokens.
@@ -82,7 +83,7 @@ def select_tokens(score: Tensor, keep: int, reserved: Tensor | None = None) -> T
         reserved: Bool tensor ``[B, N]``, kept whatever their score, at most ``keep`` of them.
 
     Returns:
-        Int64 tensor ``[B, keep]``: ascending, those reserved after the others.
+        Int64 tensor ``[B, keep]``: by descending score, those reserved after the others in ascending order.
 
     Raises:
         ValueError: ``keep`` is out of range.
@@ -93,19 +94,11 @@ def select_tokens(score: Tensor, keep: int, reserved: Tensor | None = None) -> T
     score = score.nan_to_num(nan=-torch.inf, posinf=torch.finfo(score.dtype).max)
     if reserved is not None:
         score = score.masked_fill(reserved, torch.inf)
-    limit = score.topk(keep, sorted=False).values.amin(dim=1, keepdim=True)
-    above, equal = score > limit, score == limit
-    kept = above | (equal & (equal.cumsum(dim=1) <= keep - above.sum(dim=1, keepdim=True)))
-    # Rank of each kept token among those of its kind; the others go to a slot that is cut off.
+    # Reserved tokens come first, in the order of their indices; then they change places with the others.
+    kept = score.argsort(dim=1, descending=True, stable=True)[:, :keep]
     if reserved is None:
-        slot = kept.cumsum(dim=1) - 1
-    else:
-        late = kept & reserved
-        early = kept & ~reserved
-        slot = torch.where(late, early.sum(dim=1, keepdim=True) + late.cumsum(dim=1), early.cumsum(dim=1)) - 1
-    slot = slot.masked_fill(~kept, keep)
-    index = torch.arange(length, device=score.device).expand_as(slot)
-    return slot.new_empty(len(slot), keep + 1).scatter_(1, slot, index)[:, :keep]
+        return kept
+    return kept.gather(1, reserved.gather(1, kept).byte().argsort(dim=1, stable=True))
 
 
 class ClusterMerging(BaseModule):
