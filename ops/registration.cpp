@@ -14,6 +14,16 @@
 // All but value and the gradients of outputs are in the compute dtype: float64 for a float64 value, float32 otherwise.
 // Inputs may have any strides.  Outputs and grad_value have the dtype of value, the other gradients the compute dtype.
 // A gradient that was not asked for (value_needed) or does not exist (no angles, no mask output) is a tensor of size 0.
+//
+// Of points: N queries or tokens, M points, K clusters; coordinates (x, y) are float32.
+//   query           [B, N, 2]
+//   points          [B, M, 2]
+//   index           [B, N, k]              int64 or int32 (long_index)
+//   distance        [B, N, k]              float32, of size 0 where it is not needed
+//   pos, ordered    [B, N, 2]
+//   order           [B, N]                 int64
+//   means           [B, K, 2]
+// height and width are those of a canvas that the points are spread over, 0 where it is not known.
 
 #include <torch/csrc/stable/library.h>
 
@@ -37,4 +47,10 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
       "instance_attention_backward(Tensor grad_output, Tensor? grad_mask_output, Tensor value, "
       "Tensor spatial_shapes, Tensor boxes, Tensor logits, Tensor points, Tensor? valid_ratios, bool value_needed) -> "
       "(Tensor grad_value, Tensor grad_boxes, Tensor grad_logits)");
+  library.def(
+      "knn_points(Tensor query, Tensor points, int k, SymInt height, SymInt width, bool long_index, "
+      "bool distance_needed) -> (Tensor index, Tensor distance)");
+  library.def(
+      "space_filling_order(Tensor pos, SymInt cluster_size, SymInt height, SymInt width, int curve, bool anchors, "
+      "bool per_image) -> (Tensor order, Tensor ordered, Tensor means)");
 }

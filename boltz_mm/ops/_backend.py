@@ -20,6 +20,8 @@ _HOW_TO_BUILD = (
     'build it with `pip install --no-build-isolation --no-deps -e .` in the source tree (a C++ compiler is needed), '
     f'or set {_ENVIRONMENT}=reference to choose the PyTorch reference without this message'
 )
+# Operators by which a library of older sources is recognised.
+_NEWEST = ('knn_points', 'space_filling_order')
 
 _forced: str | None = None
 _loaded_devices: set[str] = set()
@@ -45,7 +47,11 @@ def _load(name: str, device: str) -> None:
     except OSError as error:  # built for another system or torch: the reference still works
         _load_errors[device] = str(error.__cause__ or error).replace(str(path.parent), 'boltz_mm')
     else:
-        _loaded_devices.add(device)
+        missing = [name for name in _NEWEST if not hasattr(torch.ops.boltz_mm, name)]
+        if missing:
+            _load_errors[device] = f'it was built from older sources, without {", ".join(missing)}'
+        else:
+            _loaded_devices.add(device)
 
 
 def _load_libraries() -> None:

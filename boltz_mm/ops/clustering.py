@@ -20,11 +20,12 @@ themselves are sorted along the curve; the first level of a Hilbert curve on a w
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops.neighbors import check_canvas, check_positions
 
 CURVES = ('scan', 'peano', 'hilbert')
@@ -79,12 +80,19 @@ def space_filling_clusters(
 
     Raises:
         TypeError: ``pos`` is neither floating point nor int32 or int64.
-        ValueError: Unknown curve, a cluster size below 1, an empty canvas, or (on the CPU) a token outside of it.
+        ValueError: Unknown curve, a cluster size below 1, or an empty canvas.
+        RuntimeError: A token lies outside of the canvas (on the CPU).
     """
     pos, height, width = _check(pos, cluster_size, canvas, curve)
     batch, tokens = pos.shape[:2]
     count = -(-tokens // cluster_size)
-    order, ordered, means = reference_space_filling_order(pos, cluster_size, height, width, curve, anchors, per_image)
+    arguments = (pos, cluster_size, height, width)
+    if use_native(pos.device):
+        order, ordered, means = torch.ops.boltz_mm.space_filling_order(
+            *arguments, CURVES.index(curve), anchors, per_image
+        )
+    else:
+        order, ordered, means = reference_space_filling_order(*arguments, curve, anchors, per_image)
     place = torch.arange(count * cluster_size, device=pos.device).view(1, count, cluster_size)
     padded = count * cluster_size != tokens
     if reorder:
@@ -186,8 +194,9 @@ def peano_values(cells: Tensor, height: int) -> Tensor:
     size = float(height)
     for level in range(levels):
         size = size / 3
-        x, y = (cells / size).floor().to(torch.int64).unbind(-1)
-        cells = cells.remainder(size)
+        at = (cells / size).floor()
+        cells = (cells - at * size).clamp(min=0)
+        x, y = at.to(torch.int64).unbind(-1)
         if level == 0:
             turns, block = x % 2, x // 3
             value, x = 9 * block, x % 3
@@ -222,8 +231,9 @@ def hilbert_values(cells: Tensor, height: int, width: int) -> Tensor:
     value = torch.zeros(cells.shape[:-1], dtype=torch.int64, device=cells.device)
     state = torch.zeros_like(value)
     for level in range(levels):
-        x, y = (cells / size).floor().to(torch.int64).unbind(-1)
-        cells = cells.remainder(size)
+        place = (cells / size).floor()
+        cells = cells - place * size
+        x, y = place.to(torch.int64).unbind(-1)
         size = size / 2
         y = y.clamp(0, 1)
         if level == 0:
@@ -244,7 +254,7 @@ def reference_keys(
     limit = pos.new_tensor([width, height])
     if pos.device.type == 'cpu' and not torch.compiler.is_compiling():
         if not bool(((pos >= 0) & (pos < limit)).all()):
-            raise ValueError(f'pos must lie on the canvas, 0 <= x < {width} and 0 <= y < {height}')
+            raise RuntimeError(f'pos must lie on the canvas, 0 <= x < {width} and 0 <= y < {height}')
     else:
         pos = pos.nan_to_num().clamp(min=0).minimum(limit - 1)
     rows, columns = anchor_grid(pos.shape[1], cluster_size, height, width, curve) if anchors else (0, 0)
@@ -286,3 +296,15 @@ def reference_space_filling_order(
         rest = ordered[:, full * cluster_size :]
         means = torch.cat([means, rest.sum(1, keepdim=True) / rest.shape[1]], 1)
     return order, ordered, means
+
+
+def _fake(
+    pos: Tensor, cluster_size: Any, height: Any, width: Any, curve: int, anchors: bool, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens = pos.shape[:2]
+    means = pos.new_empty(batch, -(-tokens // cluster_size), 2)
+    return pos.new_empty(batch, tokens, dtype=torch.int64), pos.new_empty(batch, tokens, 2), means
+
+
+if has_native_operators():
+    torch.library.register_fake('boltz_mm::space_filling_order', _fake)

@@ -15,8 +15,13 @@ a few spots take more, up to O(N M).  No gradient flows.
 Cost: indices take ``8 B N k`` bytes (``4 B N k`` for int32), buckets about ``24 B M``.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
 
 _PAIRS_AT_ONCE = 1 << 22  # of the reference, in memory
 _POSITIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
@@ -37,8 +42,8 @@ def knn_points(
         points: ``[B, M, 2]``, the same.  Duplicates are allowed.
         k: Number of neighbours, at most M.
         return_distance: Also return the distances.
-        canvas: (height, width) that the points are spread over, ``0 <= x < width``.  It places the buckets and saves
-            reading the points once more; points outside of it are found all the same.
+        canvas: (height, width) that the points are spread over, ``0 <= x < width``.  On a CUDA device it places the
+            buckets, which saves looking for the bounds of the points; points outside of it are found all the same.
 
     Returns:
         Indices ``[B, N, k]`` int64 and, if asked for, distances ``[B, N, k]`` float32.
@@ -48,8 +53,8 @@ def knn_points(
 
     Raises:
         TypeError: A tensor is neither floating point nor int32 or int64.
-        ValueError: Shapes do not match, k is not in 0..M, the canvas is empty, or (on the CPU) a coordinate is not
-            finite.
+        ValueError: Shapes do not match, k is not in 0..M, or the canvas is empty.
+        RuntimeError: A coordinate is not finite (on the CPU).
     """
     index, distance = _nearest(query, points, k, canvas, long_index=True, distance_needed=return_distance)
     return (index, distance) if return_distance else index
@@ -112,8 +117,9 @@ def _nearest(
         raise ValueError(f'query has a batch of {query.shape[0]}, points of {points.shape[0]}')
     if not 0 <= k <= points.shape[1]:
         raise ValueError(f'k must be in 0..{points.shape[1]}, the number of points, got {k}')
-    if canvas is not None:
-        check_canvas(canvas)
+    height, width = (0, 0) if canvas is None else check_canvas(canvas)
+    if use_native(query.device):
+        return torch.ops.boltz_mm.knn_points(query, points, k, height, width, long_index, distance_needed)
     return reference_knn_points(query, points, k, long_index, distance_needed)
 
 
@@ -132,7 +138,7 @@ def reference_knn_points(
     if query.device.type == 'cpu' and not torch.compiler.is_compiling():
         for name, tensor in (('query', query), ('points', points)):
             if not bool(tensor.isfinite().all()):
-                raise ValueError(f'{name} must be finite')
+                raise RuntimeError(f'{name} must be finite')
     batch, queries, count = query.shape[0], query.shape[1], points.shape[1]
     step = max(1, _PAIRS_AT_ONCE // max(1, batch * count))
     # The bits of a distance ascend with it: with the index below them, a key is its own tie-break.
@@ -141,7 +147,8 @@ def reference_knn_points(
     for part in query.split(step, 1) if queries else ():
         offset = part[:, :, None] - points[:, None]
         x, y = offset[..., 0], offset[..., 1]
-        distance = (x * x + y * y).sqrt().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        # In float64, because torch's root of float32 is not always the nearest number.
+        distance = (x * x + y * y).double().sqrt().float().nan_to_num(nan=torch.inf, posinf=torch.inf)
         key = distance.view(torch.int32).to(torch.int64) * 2**32 + below
         keys.append(key.topk(k, dim=-1, largest=False, sorted=True).values)
     key = torch.cat(keys, 1)
@@ -149,3 +156,16 @@ def reference_knn_points(
     if not distance_needed:
         return index, query.new_empty(0)
     return index, (key // 2**32).to(torch.int32).view(torch.float32)
+
+
+def _fake(
+    query: Tensor, points: Tensor, k: int, height: Any, width: Any, long_index: bool, distance_needed: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (query.shape[0], query.shape[1], k)
+    index = query.new_empty(shape, dtype=torch.int64 if long_index else torch.int32)
+    return index, query.new_empty(shape if distance_needed else 0)
+
+
+if has_native_operators():
+    torch.library.register_fake('boltz_mm::knn_points', _fake)
+    _registration.register_vmap('knn_points', constant=())

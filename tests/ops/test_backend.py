@@ -147,6 +147,15 @@ def test_library_that_does_not_load(copied_operators: Path) -> None:
     assert str(copied_operators) not in re.sub(r'(?m)^.*\.py:\d+.*$', '', done.stderr)
 
 
+def test_library_of_older_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, '_NEWEST', ('box_attention', 'operator_of_tomorrow'))
+    monkeypatch.setattr(_backend, '_loaded_devices', set())
+    monkeypatch.setattr(_backend, '_load_errors', {})
+    _backend._load('_C', 'cpu')
+    assert _backend.available_backends() == ['reference']
+    assert 'built from older sources, without operator_of_tomorrow' in _backend._missing('cpu')
+
+
 @pytest.mark.parametrize('capability', ['baseline', 'avx2', 'avx512'])
 def test_every_instruction_set_gives_the_same(capability: str, tmp_path: Path) -> None:
     """Smaller instruction sets are run in a process of their own; a larger one than there is falls back."""
