@@ -117,7 +117,7 @@ def our_segmentor_key(key: str, head: str = 'panoptic_head') -> str | None:
     if part == key or not _HEAD.fullmatch(part):
         return None
     # Very old files call the learned query features so.
-    return f'{head}.{part.replace("static_query", "query_feat")}'
+    return f'{head}.{part.replace("predictor.static_query.", "predictor.query_feat.")}'
 
 
 def official_key(key: str) -> str | None:
@@ -200,15 +200,14 @@ def infer_aff_classifier_config(state: Mapping[str, Tensor], **backbone: Any) ->
 
 
 def infer_aff_segmentor_config(
-    state: Mapping[str, Tensor], head: str = 'panoptic_head', num_heads: int = 8, power: float = 3.0, **backbone: Any
+    state: Mapping[str, Tensor], head: str = 'panoptic_head', power: float = 3.0, **backbone: Any
 ) -> ConfigDict:
     """A config of the segmentor that fits a converted state dict.
 
     Args:
         state: Result of :func:`convert_aff`, of a whole segmentor.
-        head: 'panoptic_head' for mmdet's ``Mask2Former`` (all classes are things then: weights do not tell), or
+        head: 'panoptic_head' for a detector of mmdet (all classes are things then: weights do not tell), or
             'decode_head' for mmseg's ``EncoderDecoder``.
-        num_heads: Heads of the attention in both decoders; not in the weights.
         power: Exponent of the interpolation where it is not learned (2 in the official COCO models).
         **backbone: Further settings of :class:`boltz_mm.models.backbones.aff.AFF`, those that weights do not tell.
 
@@ -225,7 +224,8 @@ def infer_aff_segmentor_config(
     out_channels, feat_channels = shape_of(state, f'{pixel}mask_features.weight')
     num_levels = len(arch['embed_dims']) - 1
     num_queries, embed_dims = shape_of(state, f'{predictor}query_feat.weight')
-    num_samples = shape_of(state, f'{encoder}0.self_attn.attention_weights.weight')[0]
+    # 4 points for each head and level, and as many heads in both decoders, as in all official models.
+    num_heads = shape_of(state, f'{encoder}0.self_attn.attention_weights.weight')[0] // (4 * num_levels)
     config: dict[str, Any] = {
         'in_channels': arch['embed_dims'],
         'feat_channels': feat_channels,
@@ -234,7 +234,6 @@ def infer_aff_segmentor_config(
         'pixel_decoder': {
             'num_heads': num_heads,
             'num_layers': count_modules(state, encoder),
-            'num_points': num_samples // (num_heads * num_levels),
             'feedforward_channels': shape_of(state, f'{encoder}0.linear1.weight')[0],
             'power': power,
             'learnable_power': f'{encoder}0.self_attn.shepard_power' in state,
@@ -253,7 +252,7 @@ def infer_aff_segmentor_config(
         return ConfigDict(type='mmseg.EncoderDecoder', backbone=body, decode_head=config)
     classes = {'num_things_classes': num_classes, 'num_stuff_classes': 0}
     return ConfigDict(
-        type='mmdet.Mask2Former',
+        type='boltz_mm.PointMask2Former',
         backbone=body,
         panoptic_head={'type': 'boltz_mm.PointMask2FormerHead', **classes, **config},
         panoptic_fusion_head={'type': 'boltz_mm.PointMaskFusionHead', **classes},

@@ -21,7 +21,7 @@ from boltz_mm.models.backbones.aff import AFF
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / 'tests' / 'data' / 'parity' / 'aff'
-SEGMENTOR = {'num_heads': 4, 'cluster_size': 4, 'nbhd_size': 12}
+SEGMENTOR = {'cluster_size': 4, 'nbhd_size': 12}
 
 
 def load(case: str) -> dict:
@@ -86,6 +86,8 @@ def test_a_segmentor_finds_its_place_and_the_way_back(case: str) -> None:
     official.setdefault('criterion.empty_weight', exported['criterion.empty_weight'])
     assert_same(exported, official)
     for_mmseg, _ = convert_aff(container, head='decode_head')
+    segmentor = MODELS.build(infer_aff_segmentor_config(for_mmseg, 'decode_head', **SEGMENTOR))
+    segmentor.load_state_dict(for_mmseg, strict=True)
     assert_same(export_aff(for_mmseg), official)
     assert 'decode_head.predictor.class_embed.weight' in for_mmseg
     only, _ = convert_aff(container, backbone_only=True)

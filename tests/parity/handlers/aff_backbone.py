@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import boltz_mm.models  # noqa: F401  registers
-from boltz_mm.converters.aff import convert_aff, export_aff, infer_aff_segmentor_config, our_classifier_key
-from boltz_mm.converters.common import StateDict
+from boltz_mm.converters.aff import convert_aff, export_aff, our_classifier_key
 from boltz_mm.models.backbones.aff import AFF
 from boltz_mm.models.layers.cluster_attention import ClusterAttention, ClusterBlock, Neighborhood
 from boltz_mm.models.layers.cluster_merging import ClusterMerging, grid_prior, is_multiple
@@ -216,34 +215,17 @@ def seg_backbone(case: Case) -> Produced:
     return produced | _gradients(model)
 
 
-def _hold_keys(build: Callable[[StateDict], nn.Module], case: Case) -> Produced:
+@handler('aff', 'keys_cls')
+def keys_cls(case: Case) -> Produced:
     """Every key in its order with its shape, both ways; and the number of trainable parameters."""
     shapes = {key: tuple(shape) for key, shape in case.meta['state_dict'].items()}
-    container = {'model': {key: torch.empty(shape, device='meta') for key, shape in shapes.items()}}
     with torch.device('meta'):
-        model = build(convert_aff(container)[0])
-    state, report = convert_aff(container, model)
+        model = _classifier(case.kwargs)
+        official = {key: torch.empty(shape) for key, shape in shapes.items()}
+    report = convert_aff({'model': official}, model)[1]
     if not report.complete:
         raise ValueError(str(report))
-    exported = {key: tuple(value.shape) for key, value in export_aff(state).items()}
+    exported = {key: tuple(value.shape) for key, value in export_aff(model.state_dict()).items()}
     if list(exported.items()) != list(shapes.items()):
         raise ValueError('the way back does not give the official keys in their order')
     return {'out.num_parameters': sum(p.numel() for p in model.parameters() if p.requires_grad)}
-
-
-@handler('aff', 'keys_cls')
-def keys_cls(case: Case) -> Produced:
-    return _hold_keys(lambda state: _classifier(case.kwargs), case)
-
-
-@handler('aff', 'keys_seg')
-def keys_seg(case: Case) -> Produced:
-    settings = backbone_config(case.kwargs['backbone'], 'points')
-    pixel, power = case.kwargs['pixel_decoder'], case.kwargs['pixel_decoder']['shepard_power']
-
-    def build(state: StateDict) -> nn.Module:
-        config = infer_aff_segmentor_config(state, num_heads=pixel['transformer_nheads'], power=power)
-        config.backbone = settings
-        return MMENGINE_MODELS.build(config)
-
-    return _hold_keys(build, case)
