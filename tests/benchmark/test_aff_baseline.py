@@ -1,5 +1,8 @@
 """The gather-based baseline of AutoFocusFormer reaches the numbers of the official code: it is no straw man."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from boltz_mm import ops
 from tests.parity.case import Case
 from tests.parity.compare import mismatch
+from tools.benchmark import aff_models
 from tools.benchmark.baselines import cluster_attention as gather
 from tools.benchmark.baselines.aff import Level, OfficialAFF
 from tools.benchmark.baselines.aff_head import OfficialSegmentor
+from tools.benchmark.baselines.bag_attention import bag_attention
+from tools.benchmark.dense import DenseLayers
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'parity' / 'aff'
 
@@ -123,3 +130,79 @@ def test_neighbours(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     index, distance = gather.knn(case.inputs['query'], case.inputs['database'], case.kwargs['k'])
     assert gather.KNN_TIME.seconds > before
     hold(case, {'out.idx': index, 'out.dist': distance})
+
+
+@pytest.mark.parametrize(
+    ('batch', 'tokens', 'seen', 'train'), [(2, 37, 3, True), (1, 30, None, True), (1, 400, 3, False)]
+)
+def test_bag_attention(batch: int, tokens: int, seen: int | None, train: bool) -> None:
+    torch.manual_seed(0)
+    heads, depth, size = 3, 5, 8
+    leaves = [torch.randn(batch, tokens, heads, depth) for _ in range(3)]
+    leaves += [torch.randn(heads, count) for count in (5, depth, depth)] + [torch.randn(heads)]
+    leaves = [leaf.requires_grad_(train) for leaf in leaves]
+    pos = torch.randint(0, 9, (batch, tokens, 2)).float()
+    nearest = None if seen is None else torch.rand(batch, tokens, -(-tokens // size)).argsort(-1)[..., :seen]
+
+    def attend() -> tuple[Tensor, ...]:
+        query, key, value, bias_weight, blank_key, blank_value, bias = leaves
+        out = ops.cluster_attention(
+            query, key, value, query_pos=pos, key_pos=pos, nearest=nearest, cluster_size=size, scale=0.4,
+            bias_weight=bias_weight, bias=bias, blank_key=blank_key, blank_value=blank_value,
+        )  # fmt: skip
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out)) if train else ()
+        return (out, *grads)
+
+    with torch.set_grad_enabled(train):
+        expected = attend()
+        with bag_attention():
+            produced = attend()
+    torch.testing.assert_close(produced, expected, rtol=1e-4, atol=1e-4)
+
+
+def both_models() -> tuple[torch.nn.Module, torch.nn.Module, Tensor]:
+    arch = {**aff_models.QUICK, 'depths': (1, 2, 1, 1)}
+    model, official = aff_models.classifiers(arch, 96, 7)
+    return model.eval(), official.eval(), torch.randn(1, 3, 96, 96)
+
+
+def test_all_sides_compute_the_same() -> None:
+    model, official, image = both_models()
+    with torch.no_grad():
+        expected = official(image)
+        ours = model(image)
+        with aff_models.best_torch():
+            best = model(image)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(best, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dense_layers_are_recorded() -> None:
+    model, _, image = both_models()
+    with DenseLayers(model) as dense:
+        aff_models.inference(model, image)()
+    names = [call[0]._schema.name.removeprefix('aten::') for call in dense.calls]
+    assert names.count('addmm') == 5 * 5 + 3 * 2 + 1, 'q, kv, proj and MLP of 5 blocks, 3 reductions, head'
+    assert names.count('native_layer_norm') == 1 + 5 * 2 + 3 + 1
+    assert names.count('gelu') == 1 + 5
+    assert sum('convolution' in name for name in names) == 2
+    with torch.profiler.profile() as profiler:
+        dense.run()
+    assert sum(event.count for event in profiler.key_averages() if event.key == 'aten::addmm') == names.count('addmm')
+
+
+@pytest.mark.slow
+def test_quick_run_as_json() -> None:
+    script = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'models.py'
+    names = ['aff_mini', 'aff_mini_seg', 'aff_mini_growth']
+    command = [sys.executable, str(script), '--model', *names, '--quick', '--repeats', '1', '--json']
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    by_name = {name: [record for record in records if record['model'] == name] for name in names}
+    assert [record['direction'] for record in by_name['aff_mini']] == ['fwd'] * 4 + ['fwdbwd'] * 4
+    assert [len(by_name[name]) for name in names[1:]] == [4, 12]
+    assert sum(map(len, by_name.values())) == len(records)
+    for record in records:
+        assert record['ratio'] == pytest.approx(record['baseline_ms'] / record['ms'], rel=1e-2)
+    for record in by_name['aff_mini']:
+        assert ('baseline_extra_bytes' in record) == (not record['baseline'].startswith('dense'))

@@ -103,7 +103,7 @@ def test_paste_full_image() -> None:
 @pytest.mark.slow
 def test_quick_run_as_json() -> None:
     script = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'models.py'
-    command = [sys.executable, str(script), '--quick', '--repeats', '1', '--json']
+    command = [sys.executable, str(script), '--model', 'boxer_r50_mask', '--quick', '--repeats', '1', '--json']
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     records = [json.loads(line) for line in lines]
     assert {record['direction'] for record in records} == {'predict', 'fwdbwd'}

@@ -1,7 +1,7 @@
 """Time whole models against the official way of running them.
 
 Usage:
-    python tools/benchmark/models.py [--model NAME] [--device cpu|cuda] [--json] [--quick] [--repeats N]
+    python tools/benchmark/models.py [--model NAME ...] [--device cpu|cuda] [--json] [--quick] [--repeats N]
 
 Weights are random: the work does not depend on them.  Both sides run in turn in one process, after a warm-up; figures
 are medians.  The side called ours uses the operators as installed; a baseline says in its name on which backend its
@@ -31,6 +31,7 @@ with contextlib.redirect_stdout(sys.stderr):  # what the libraries print when th
     from boltz_mm import __version__, ops
     from boltz_mm.registry import MODELS
     from boltz_mm.utils.register import register_all_modules
+    from tools.benchmark import aff_models
     from tools.benchmark.baselines.boxer import OfficialBoxeR
     from tools.benchmark.timing import Record, compare, extra_bytes, report
 
@@ -136,13 +137,16 @@ def _training_step(
     )  # fmt: skip
 
 
-MODELS_TO_TIME: dict[str, Callable[[str, bool, int], Iterator[Record]]] = {'boxer_r50_mask': boxer_r50_mask}
+MODELS_TO_TIME: dict[str, Callable[[str, bool, int], Iterator[Record]]] = {
+    'boxer_r50_mask': boxer_r50_mask,
+    **aff_models.models(),
+}
 
 
 def main() -> None:
     """Time what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--model', choices=sorted(MODELS_TO_TIME), help='time one model only')
+    parser.add_argument('--model', choices=sorted(MODELS_TO_TIME), nargs='+', help='time these models only')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--json', action='store_true', help='one JSON object a line')
     parser.add_argument('--quick', action='store_true', help='tiny sizes, to see that everything runs')
@@ -153,7 +157,7 @@ def main() -> None:
     title = (
         f'boltz_mm {__version__}, torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads'
     )
-    names = [args.model] if args.model else sorted(MODELS_TO_TIME)
+    names = args.model or sorted(MODELS_TO_TIME)
     records = (record for name in names for record in MODELS_TO_TIME[name](args.device, args.quick, args.repeats))
     report(records, as_json=args.json, title=title, subject='model')
 

@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ class Record:
         baseline_ms: Median time of the baseline.
         extra_bytes: Peak of memory allocated by the call, its results included.
         threads: Threads that PyTorch used.
+        baseline_extra_bytes: Peak of memory allocated by the baseline, where it was measured.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Record:
     baseline_ms: float
     extra_bytes: int
     threads: int = field(default_factory=torch.get_num_threads)
+    baseline_extra_bytes: int | None = None
 
     @property
     def ratio(self) -> float:
@@ -47,7 +49,7 @@ class Record:
 
     def as_json(self, subject: str) -> str:
         """The record as one JSON object; ``subject`` names the first key."""
-        values = asdict(self)
+        values = {key: value for key, value in asdict(self).items() if value is not None}
         ordered = {subject: values.pop('name'), **values, 'ratio': self.ratio}
         rounded = {k: float(f'{v:.5g}') if isinstance(v, float) else v for k, v in ordered.items()}
         return json.dumps(rounded)
@@ -73,11 +75,21 @@ def compare(ours: Work, baseline: Work, device: str, repeats: int, warmup: int =
     Returns:
         Median milliseconds of ours and of the baseline.
     """
+    ms, baseline_ms = medians([ours, baseline], device, repeats, warmup)
+    return ms, baseline_ms
+
+
+def medians(works: Sequence[Work], device: str, repeats: int, warmup: int = 1) -> list[float]:
+    """Time several sides in turn.
+
+    Returns:
+        Median milliseconds of each.
+    """
     for _ in range(warmup):
-        ours()
-        baseline()
-    times = [(time_once(ours, device), time_once(baseline, device)) for _ in range(repeats)]
-    return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+        for work in works:
+            work()
+    rounds = [[time_once(work, device) for work in works] for _ in range(repeats)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def extra_bytes(work: Work, device: str) -> int:
@@ -100,6 +112,14 @@ def extra_bytes(work: Work, device: str) -> int:
     return peak
 
 
+def _extra(record: Record) -> str:
+    text = f'{record.extra_bytes / 2**20:.1f} MiB extra'
+    if record.baseline_extra_bytes is None:
+        return text
+    share = record.extra_bytes / max(1, record.baseline_extra_bytes)
+    return f'{text}, {share:.2f} of the baseline'
+
+
 def report(records: Iterable[Record], *, as_json: bool, title: str, subject: str) -> None:
     """Print records as they come: JSON lines, or a table under a title."""
     if not as_json:
@@ -112,6 +132,6 @@ def report(records: Iterable[Record], *, as_json: bool, title: str, subject: str
             print(
                 f'{record.name:18}{record.case:30}{record.dtype:10}{record.direction:10}{record.ms:10.2f}'
                 f'{record.baseline_ms:13.2f}{record.ratio:7.1f}  {record.baseline} '
-                f'({record.extra_bytes / 2**20:.1f} MiB extra)',
+                f'({_extra(record)})',
                 flush=True,
             )
