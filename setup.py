@@ -77,9 +77,10 @@ def compile_args() -> list[str]:
     defines = ['-DPy_LIMITED_API=0x030A0000', '-DTORCH_TARGET_VERSION=0x020a000000000000']
     if sys.platform == 'win32':
         return ['/O2', *(flag.replace('-D', '/D', 1) for flag in defines)]
-    # No absolute path in an error text, and multiply-adds that a compiler may not fuse in strict ISO mode.
+    # No absolute path in an error text, multiply-adds that a compiler may not fuse in strict ISO mode, and square roots
+    # without errno, which would keep them out of vectors.
     paths = [f'-fmacro-prefix-map={ROOT}/=', f'-fmacro-prefix-map={Path(torch.__file__).parent}/=torch/']
-    return ['-O3', '-g0', '-fvisibility=hidden', '-ffp-contract=fast', '-Wno-psabi', *paths, *defines]
+    return ['-O3', '-g0', '-fvisibility=hidden', '-ffp-contract=fast', '-fno-math-errno', '-Wno-psabi', *paths, *defines]
 
 
 def cpp_library(name: str, files: list[str], **extra: object) -> Extension:

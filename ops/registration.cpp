@@ -53,4 +53,22 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
   library.def(
       "space_filling_order(Tensor pos, SymInt cluster_size, SymInt height, SymInt width, int curve, bool anchors, "
       "bool per_image) -> (Tensor order, Tensor ordered, Tensor means)");
+
+  // AutoFocusFormer: B images, N points, M rows of feat, K (or J clusters of) neighbours, I inner channels, C channels.
+  //   feat [B, M, C] any dtype;  weights [B, N, K, I], importance [B, M], weight [I, 5], bias and norms [I], positions
+  //   [B or 1, N or M, 2] in the compute dtype;  index [B or 1, N, K], nearest [B or 1, N, J] int32 or int64
+  //   outputs [B, N, I, C];  grad_parameters [I, 8] = weight, bias, norm_weight, norm_bias
+  library.def("cluster_wf(Tensor weights, Tensor feat, Tensor index) -> Tensor");
+  library.def(
+      "cluster_wf_backward(Tensor grad_output, Tensor weights, Tensor feat, Tensor index) -> "
+      "(Tensor grad_weights, Tensor grad_feat)");
+  library.def(
+      "point_merge(Tensor feat, Tensor query_pos, Tensor key_pos, Tensor nearest, SymInt cluster_size, "
+      "Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, Tensor? importance, int sign, "
+      "float? max_offset) -> Tensor");
+  library.def(
+      "point_merge_backward(Tensor grad_output, Tensor feat, Tensor query_pos, Tensor key_pos, Tensor nearest, "
+      "SymInt cluster_size, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, "
+      "Tensor? importance, int sign, float? max_offset) -> "
+      "(Tensor grad_feat, Tensor grad_parameters, Tensor grad_importance)");
 }

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import DTYPES, check_float, check_shape, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum
 
@@ -85,7 +87,10 @@ def cluster_wf(weights: Tensor, feat: Tensor, index: Tensor) -> Tensor:
     batch, points, count, _ = weights.shape
     check_shape('feat', feat, '[B, M, C]', (batch, *feat.shape[1:]))
     _check_index('index', index, feat, '[B, N, K]', (points, count))
-    return _reference_sum(weights.to(compute_dtype(feat)), feat, index, 1)
+    weights = weights.to(compute_dtype(feat))
+    if use_native(feat.device):
+        return torch.ops.boltz_mm.cluster_wf(weights, feat, index)
+    return _reference_sum(weights, feat, index, 1)
 
 
 def weighted_gather(index: Tensor, weights: Tensor, feat: Tensor) -> Tensor:
@@ -169,6 +174,11 @@ def point_merge(
     offset_weights = [tensor.to(dtype) for tensor in (weight, bias, norm_weight, norm_bias)]
     query_pos, key_pos = query_pos.detach().to(dtype), key_pos.detach().to(dtype)
     importance = None if importance is None else importance.to(dtype)
+    if use_native(feat.device):
+        output: Tensor = torch.ops.boltz_mm.point_merge(
+            feat, query_pos, key_pos, nearest, cluster_size, *offset_weights, eps, importance, sign, max_offset
+        )
+        return output.flatten(2)
     return _reference_merge(
         feat, query_pos, key_pos, nearest, cluster_size, offset_weights, eps, importance, sign, max_offset
     )
@@ -358,3 +368,97 @@ class _WeightedSum(torch.autograd.Function):
             mode='sum',
         )
         return grad_weights, grad_table, None
+
+
+def _fake_sum(weights: Tensor, feat: Tensor, index: Tensor) -> Tensor:
+    batch, points, _, inner = weights.shape
+    return feat.new_empty(batch, points, inner, feat.shape[2])
+
+
+def _fake_sum_backward(grad_output: Tensor, weights: Tensor, feat: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return weights.new_empty(weights.shape), feat.new_empty(feat.shape)
+
+
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_sum(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+    grad_weights, grad_feat = torch.ops.boltz_mm.cluster_wf_backward(grad_output, *ctx.saved_tensors)
+    return grad_weights, grad_feat, None
+
+
+def _sum_flops(weights: Any, feat: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+    """A multiply-add for each neighbour, inner channel and channel."""
+    batch, points, count, inner = weights
+    return 2 * batch * points * count * inner * feat[2]
+
+
+def _sum_backward_flops(grad_output: Any, *args: Any, **kwargs: Any) -> int:
+    """One product for each of the two gradients."""
+    return 2 * _sum_flops(*args[:3])
+
+
+def _fake_merge(feat: Tensor, query_pos: Tensor, key_pos: Tensor, nearest: Tensor, *args: Any) -> Tensor:
+    return feat.new_empty(feat.shape[0], nearest.shape[1], args[1].shape[0], feat.shape[2])
+
+
+def _fake_merge_backward(grad_output: Tensor, feat: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, importance = args[4], args[9]
+    return (
+        feat.new_empty(feat.shape),
+        weight.new_empty(weight.shape[0], 8),
+        weight.new_empty(0 if importance is None else importance.shape),
+    )
+
+
+def _setup_merge(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.cluster_size, ctx.eps, ctx.sign, ctx.max_offset = inputs[4], inputs[9], inputs[11], inputs[12]
+
+
+def _backward_merge(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    feat, query_pos, key_pos, nearest, *offset_weights = ctx.saved_tensors
+    importance = offset_weights.pop() if len(offset_weights) == 5 else None
+    grad_feat, parameters, grad_importance = torch.ops.boltz_mm.point_merge_backward(
+        grad_output,
+        feat,
+        query_pos,
+        key_pos,
+        nearest,
+        ctx.cluster_size,
+        *offset_weights,
+        ctx.eps,
+        importance,
+        ctx.sign,
+        ctx.max_offset,
+    )
+    of_parameters = (parameters[:, :5], *parameters[:, 5:].unbind(1))
+    grad_importance = None if importance is None else grad_importance
+    return grad_feat, None, None, None, None, *of_parameters, None, grad_importance, None, None
+
+
+def _merge_flops(feat: Any, query_pos: Any, key_pos: Any, nearest: Any, *args: Any, **kwargs: Any) -> int:
+    """A multiply-add for each neighbour, inner channel and channel; the weights are not counted."""
+    neighbours = nearest[1] * nearest[2] * min(args[0], feat[1])
+    return 2 * feat[0] * neighbours * args[1][0] * feat[2]
+
+
+def _merge_backward_flops(grad_output: Any, *args: Any, **kwargs: Any) -> int:
+    """One product for the weights and one for the gradient of feat."""
+    return 2 * _merge_flops(*args)
+
+
+if has_native_operators():
+    _registration.register(
+        'cluster_wf', fake=_fake_sum, setup_context=_setup_sum, backward=_backward_sum, flops=_sum_flops
+    )
+    _registration.register_backward('cluster_wf_backward', fake=_fake_sum_backward, flops=_sum_backward_flops)
+    _registration.register(
+        'point_merge', fake=_fake_merge, setup_context=_setup_merge, backward=_backward_merge, flops=_merge_flops
+    )
+    _registration.register_backward('point_merge_backward', fake=_fake_merge_backward, flops=_merge_backward_flops)
+    for _name in ('cluster_wf', 'cluster_wf_backward'):
+        _registration.register_vmap(_name, constant=())
+    for _name in ('point_merge', 'point_merge_backward'):
+        _registration.register_vmap(_name, constant=('weight', 'bias', 'norm_weight', 'norm_bias'))
