@@ -1,10 +1,10 @@
 """Operations and parameters of a model, our operators included, on both of their backends.
 
 torch's ``FlopCounterMode`` counts matrix products and convolutions, and every operator that has registered a formula,
-as ours have.  Three things would slip through, and are mended here: the attention kernel that torch chooses on a CPU
+as ours have.  Four things would slip through, and are mended here: the attention kernel that torch chooses on a CPU
 (``_scaled_dot_product_flash_attention_for_cpu`` has no formula), the fused inference path of
-``nn.MultiheadAttention`` (switched off while counting), and bilinear sampling, which is what the torch reference of
-our operators consists of (it then lacks only the sums over the samples of mask features).
+``nn.MultiheadAttention`` (switched off while counting), bilinear sampling and embedding bags, which is what the torch
+reference of our operators consists of (it then lacks only the sums over the samples of mask features).
 """
 
 import dataclasses
@@ -28,10 +28,21 @@ def _sdpa_flop(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, *
     return int(sdpa_flop_count(query_shape, key_shape, value_shape))
 
 
+def _bag_flop(table_shape: Any, index_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * torch.Size(index_shape).numel() * int(table_shape[-1])
+
+
+def _bag_weights_flop(grad_shape: Any, table_shape: Any, index_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return _bag_flop(table_shape, index_shape)
+
+
 _FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flop,
     torch.ops.aten.grid_sampler_2d: _grid_sample_flop,
     torch.ops.aten.cudnn_grid_sampler: _grid_sample_flop,
+    torch.ops.aten._embedding_bag: _bag_flop,
+    torch.ops.aten._embedding_bag_forward_only: _bag_flop,
+    torch.ops.aten._embedding_bag_per_sample_weights_backward: _bag_weights_flop,
 }
 
 

@@ -43,6 +43,14 @@ def test_our_operators_count_alike_on_both_backends(backend: str, name: str) -> 
     assert result.macs == 4 * (2 * 5 * 4 * 2 * size**2) * 8
 
 
+@pytest.mark.parametrize('backend', ops.available_backends())
+def test_weighted_gather_counts_alike_on_both_backends(backend: str) -> None:
+    index, weights, feat = torch.zeros(2, 5, 3, dtype=torch.int64), torch.rand(2, 5, 3), torch.rand(2, 7, 4)
+    with ops.use_backend(backend):
+        result = count_complexity(nn.Identity(), lambda: ops.weighted_gather(index, weights, feat))
+    assert result.macs == 2 * 5 * 3 * 4
+
+
 def test_nothing_counted() -> None:
     result = count_complexity(nn.Identity(), lambda: None)
     assert (result.flops, result.by_operator, result.params) == (0, {}, 0)
