@@ -231,6 +231,18 @@ def test_compiles_into_one_graph() -> None:
         torch.testing.assert_close(compiled(image)[0], model(image)[0])
 
 
+def test_reads_nothing_back_from_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tensors of the meta device have no content: whatever asks for one (and so would wait for a device) fails.
+    autocast = torch.autocast
+    monkeypatch.setattr(torch, 'autocast', lambda device_type, **kwargs: autocast('cpu', **kwargs))
+    with torch.device('meta'):
+        model, image = AFF(**SMALL, layer_scale=0.1), torch.empty(2, 3, 61, 94)
+    levels = model(image)
+    assert [level.feat.shape[1] for level in levels] == [16 * 24, 96, 24, 6]
+    sum(level.feat.sum() for level in levels).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_initial_weights() -> None:
     torch.manual_seed(0)
     model = AFF('mini', layer_scale=1e-5)
