@@ -256,7 +256,8 @@ def reference_keys(
         if not bool(((pos >= 0) & (pos < limit)).all()):
             raise RuntimeError(f'pos must lie on the canvas, 0 <= x < {width} and 0 <= y < {height}')
     else:
-        pos = pos.nan_to_num().clamp(min=0).minimum(limit - 1)
+        nearest = pos.nan_to_num().clamp(min=0).minimum(limit - 1)
+        pos = torch.where((pos >= 0) & (pos < limit), pos, nearest)
     rows, columns = anchor_grid(pos.shape[1], cluster_size, height, width, curve) if anchors else (0, 0)
     if rows == 0:
         return curve_values(pos.floor(), height, width, curve)

@@ -20,7 +20,7 @@ OPERATORS = [
     f'{name}{suffix}'
     for name in ('box_attention', 'deform_attention', 'instance_attention')
     for suffix in ('', '_backward')
-]
+] + ['knn_points', 'space_filling_order']
 STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
 LOAD = """
 import ctypes, json, sys
