@@ -11,6 +11,7 @@ Parameter names are the official ones.  Held by the golden cases ``pixel_decoder
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,7 @@ class PointPixelDecoder(nn.Module):
         """
         if len(x) != len(self.input_proj) + 1:
             raise ValueError(f'expected {len(self.input_proj) + 1} levels, got {len(x)}')
-        with torch.autocast(x[0].feat.device.type, enabled=self.autocast and torch.is_autocast_enabled()):
+        with nullcontext() if self.autocast else torch.autocast(x[0].feat.device.type, enabled=False):
             return self._decode(x)
 
     def _decode(self, x: Sequence[PointFeature]) -> PixelDecoderOutput:
