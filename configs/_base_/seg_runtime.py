@@ -1,5 +1,5 @@
-# The default runtime for configs of mmseg's scope.
-_base_ = './default_runtime.py'
+# The default runtime for configs of mmseg's scope, counted in updates.
+_base_ = './iter_runtime.py'
 
 default_scope = 'mmseg'
 default_hooks = dict(visualization=dict(_delete_=True, type='SegVisualizationHook'))

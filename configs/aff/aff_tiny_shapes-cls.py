@@ -13,7 +13,7 @@ model = dict(
             _delete_=True, embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(2, 4, 6, 8), mlp_ratio=2.0
         ),
         cluster_size=8,
-        nbhd_size=48,
+        nbhd_size=24,
     ),
     head=dict(num_classes=3, in_channels=128),
     train_cfg=dict(_delete_=True),

@@ -10,6 +10,7 @@ from boltz_mm.datasets.transforms.boxer import (
 )
 from boltz_mm.datasets.transforms.draws import Draws, RecordedDraws
 from boltz_mm.datasets.transforms.panoptic import LoadPanopticSegments, PanopticSegmentsToInstances
+from boltz_mm.datasets.transforms.short_edge import RandomShortEdgeResize
 
 __all__ = [
     'BoxeRRandomChoice',
@@ -21,5 +22,6 @@ __all__ = [
     'Draws',
     'LoadPanopticSegments',
     'PanopticSegmentsToInstances',
+    'RandomShortEdgeResize',
     'RecordedDraws',
 ]

@@ -12,7 +12,7 @@ Deviations, all where the official code stops with an error: a side is never sho
 stays within the maximum), and a crop of an image that is smaller than the smallest crop takes the whole side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from mmcv.transforms import BaseTransform
@@ -93,8 +93,10 @@ def resize_image(img: np.ndarray, shape: Shape) -> np.ndarray:
     return np.array(image).reshape(height, width, *img.shape[2:])
 
 
-def resize(results: dict, shape: Shape) -> dict:
+def resize(results: dict, shape: Shape, nearest: Callable[[int, int], np.ndarray] = nearest_indexes) -> dict:
     """Resize everything in ``results`` to ``shape`` (height, width).
+
+    Masks and label maps take the elements that ``nearest`` names, see :func:`nearest_indexes`.
 
     Sets ``img_shape``, ``scale`` (width, height), ``scale_factor`` (of this step; x, y) and ``homography_matrix``.
 
@@ -115,7 +117,7 @@ def resize(results: dict, shape: Shape) -> dict:
         results['gt_bboxes'].rescale_(factor)
     if results.get('gt_areas') is not None:
         results['gt_areas'] = results['gt_areas'] * np.float32(factor[0] * factor[1])
-    rows, columns = nearest_indexes(old[0], height)[:, None], nearest_indexes(old[1], width)[None]
+    rows, columns = nearest(old[0], height)[:, None], nearest(old[1], width)[None]
     if results.get('gt_masks') is not None:
         masks = _bitmaps(results['gt_masks'])
         results['gt_masks'] = BitmapMasks(masks.masks[:, rows, columns], height, width)

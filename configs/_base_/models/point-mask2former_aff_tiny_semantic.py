@@ -1,0 +1,24 @@
+# The small AutoFocusFormer and Mask2Former, for semantic segmentation.
+_base_ = './point-mask2former_aff_semantic.py'
+
+model = dict(
+    data_preprocessor=dict(size=None, size_divisor=32),
+    backbone=dict(
+        arch=dict(
+            _delete_=True, embed_dims=(32, 64, 96, 128), depths=(1, 1, 2, 1), num_heads=(2, 4, 6, 8), mlp_ratio=2.0
+        ),
+        cluster_size=8,
+        nbhd_size=24,
+        drop_path_rate=0.0,
+    ),
+    decode_head=dict(
+        in_channels=[32, 64, 96, 128],
+        feat_channels=64,
+        out_channels=64,
+        num_classes=8,
+        num_queries=20,
+        pixel_decoder=dict(num_heads=4, num_layers=2, feedforward_channels=128),
+        transformer_decoder=dict(num_heads=4, num_layers=3, feedforward_channels=128),
+        train_cfg=dict(num_points=2048),
+    ),
+)
