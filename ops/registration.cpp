@@ -71,4 +71,21 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
       "SymInt cluster_size, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, "
       "Tensor? importance, int sign, float? max_offset) -> "
       "(Tensor grad_feat, Tensor grad_parameters, Tensor grad_importance)");
+
+  // Sampling between points: S tokens of all levels, N queries, K neighbours, a canvas of height x width cells.
+  //   positions [B, S, 2], tables [B, L, height * width, K] int64 or int32, query_pos [B, N, 2] (or a batch of 1 each),
+  //   offsets [B, N, H, L, P, 2], logits [B, N, H, L, P], power [1], index [B, N, K]
+  library.def(
+      "point_deform_attention(Tensor value, Tensor positions, SymInt[] level_sizes, Tensor tables, SymInt height, "
+      "SymInt width, Tensor query_pos, Tensor offsets, Tensor logits, Tensor power) -> Tensor");
+  library.def(
+      "point_deform_attention_backward(Tensor grad_output, Tensor value, Tensor positions, SymInt[] level_sizes, "
+      "Tensor tables, SymInt height, SymInt width, Tensor query_pos, Tensor offsets, Tensor logits, Tensor power, "
+      "bool value_needed, bool power_needed) -> "
+      "(Tensor grad_value, Tensor grad_offsets, Tensor grad_logits, Tensor grad_power)");
+  library.def(
+      "inverse_distance_interpolate(Tensor feat, Tensor pos, Tensor query_pos, Tensor index, Tensor power) -> Tensor");
+  library.def(
+      "inverse_distance_interpolate_backward(Tensor grad_output, Tensor feat, Tensor pos, Tensor query_pos, "
+      "Tensor index, Tensor power, bool feat_needed, bool power_needed) -> (Tensor grad_feat, Tensor grad_power)");
 }

@@ -17,15 +17,23 @@ Gradients flow to value, logits, power and, through the distances (not through t
 
 Deviations: the official code gives NaN for a sample that is not finite, or so far away that ``d^power`` of all its
 tokens is beyond the range of numbers; here such a sample adds nothing to the sum and gets gradients of 0.
+
+Cost, with an element of value of s bytes: the result takes ``s B N H D`` bytes, backward keeps the inputs alone; no
+places, neighbours or weights of the samples exist.  FLOPs of the forward pass are ``2 B N H L P K D``, of the backward
+pass ``4 B N H L P K D``.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import check_float, check_shape, check_value, compute_dtype
-from boltz_mm.ops.point_interpolate import Power, bags, check_power, inverse_distance_weights
+from boltz_mm.ops.deform_attention import empty_sum
+from boltz_mm.ops.point_interpolate import Power, as_power, bags, check_power, inverse_distance_weights
 
 
 def point_deform_attention(
@@ -67,8 +75,15 @@ def point_deform_attention(
     check_value(value)
     sizes = _check(value, positions, level_sizes, tables, canvas, query_pos, offsets, logits, power)
     dtype = compute_dtype(value)
-    positions, query_pos = positions.detach().to(dtype), query_pos.to(dtype)
+    batch = value.shape[0]
+    positions = positions.detach().to(dtype).expand(batch, -1, -1)
+    query_pos, tables = query_pos.to(dtype).expand(batch, -1, -1), tables.expand(batch, -1, -1, -1)
     offsets, logits = offsets.to(dtype), logits.to(dtype)
+    if use_native(value.device):
+        power = as_power(power, offsets)
+        return torch.ops.boltz_mm.point_deform_attention(
+            value, positions, sizes, tables, canvas[0], canvas[1], query_pos, offsets, logits, power
+        )
     power = power.to(dtype) if isinstance(power, Tensor) else float(power)
     return reference_point_deform_attention(value, positions, sizes, tables, canvas, query_pos, offsets, logits, power)
 
@@ -88,22 +103,23 @@ def reference_point_deform_attention(
     batch, queries, heads, levels, points, _ = offsets.shape
     tokens, depth = value.shape[1], value.shape[3]
     neighbours = tables.shape[3]
+    sizes = torch.tensor(level_sizes, device=value.device, dtype=torch.int64)
+    _check_tables(tables, sizes)
+    if offsets.numel() == 0 or value.numel() == 0:
+        nothing = empty_sum(value, offsets, logits, *([power] if isinstance(power, Tensor) else []))
+        return nothing.to(value.dtype).expand(batch, queries, heads * depth)
     at = query_pos[:, :, None, None, None] + offsets
     finite = at.isfinite().all(-1)
     at = torch.where(finite[..., None], at, 0)
-    sizes = torch.tensor(level_sizes, device=value.device)
-    _check_tables(tables, sizes)
     with torch.no_grad():
         column = at[..., 0].round().clamp(0, canvas[1] - 1).long()
         row = at[..., 1].round().clamp(0, canvas[0] - 1).long()
         level = torch.arange(levels, device=value.device)[:, None]
         image = torch.arange(batch, device=value.device)[:, None, None, None, None]
-        table = image * levels if tables.shape[0] > 1 else 0
-        entry = (table + level) * (canvas[0] * canvas[1]) + row * canvas[1] + column
+        entry = (image * levels + level) * (canvas[0] * canvas[1]) + row * canvas[1] + column
         starts = sizes.cumsum(0) - sizes
         token = tables.reshape(-1, neighbours)[entry].long() + starts[:, None, None]
-        first = (image * tokens if positions.shape[0] > 1 else 0 * image)[..., None]
-        near = positions.flatten(0, 1)[token + first]
+        near = positions.flatten(0, 1)[token + image[..., None] * tokens]
         head = torch.arange(heads, device=value.device)[:, None, None, None]
         rows = (token + image[..., None] * tokens) * heads + head
     shares = inverse_distance_weights(at, near, power) * finite[..., None]
@@ -168,3 +184,61 @@ def _check(
 def _batch(tensor: Tensor, batch: int) -> int:
     """The batch size that a tensor must have: 1 stands for all images."""
     return 1 if tensor.dim() > 0 and tensor.shape[0] == 1 else batch
+
+
+def _fake(value: Tensor, positions: Tensor, level_sizes: list[int], tables: Tensor, height: int, width: int,
+          query_pos: Tensor, offsets: Tensor, logits: Tensor, power: Tensor) -> Tensor:  # fmt: skip
+    return value.new_empty(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3])
+
+
+def _fake_backward(
+    grad_output: Tensor, value: Tensor, positions: Tensor, level_sizes: list[int], tables: Tensor, height: int,
+    width: int, query_pos: Tensor, offsets: Tensor, logits: Tensor, power: Tensor, value_needed: bool,
+    power_needed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        value.new_empty(value.shape if value_needed else 0),
+        offsets.new_empty(offsets.shape),
+        logits.new_empty(logits.shape),
+        power.new_empty(int(power_needed)),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    value, positions, ctx.level_sizes, tables, ctx.height, ctx.width, *rest = inputs
+    ctx.save_for_backward(value, positions, tables, *rest)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    value, positions, tables, query_pos, offsets, logits, power = ctx.saved_tensors
+    value_needed, power_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[9]
+    grad_value, grad_offsets, grad_logits, grad_power = torch.ops.boltz_mm.point_deform_attention_backward(
+        grad_output, value, positions, ctx.level_sizes, tables, ctx.height, ctx.width, query_pos, offsets, logits,
+        power, value_needed, power_needed,
+    )  # fmt: skip
+    return (
+        grad_value if value_needed else None, None, None, None, None, None,
+        grad_offsets.sum((2, 3, 4)) if ctx.needs_input_grad[6] else None,
+        grad_offsets, grad_logits, grad_power if power_needed else None,
+    )  # fmt: skip
+
+
+def _flops(value: Any, positions: Any, level_sizes: Any, tables: Any, height: int, width: int, query_pos: Any,
+           offsets: Any, *args: Any, **kwargs: Any) -> int:  # fmt: skip
+    """A multiply-add for each sample, neighbour and channel; places and weights are not counted."""
+    batch, queries, heads, levels, points, _ = offsets
+    return 2 * batch * queries * heads * levels * points * tables[3] * value[3]
+
+
+def _backward_flops(grad_output: Any, *args: Any, **kwargs: Any) -> int:
+    """A product with each neighbour and an addition to it: twice the forward pass."""
+    return 2 * _flops(*args[:8])
+
+
+if has_native_operators():
+    _registration.register(
+        'point_deform_attention', fake=_fake, setup_context=_setup_context, backward=_backward, flops=_flops
+    )
+    _registration.register_backward('point_deform_attention_backward', fake=_fake_backward, flops=_backward_flops)
+    _registration.register_vmap('point_deform_attention', constant=('power',))
+    _registration.register_vmap('point_deform_attention_backward', constant=('power',))

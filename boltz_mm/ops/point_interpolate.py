@@ -13,11 +13,15 @@ weigh 0 (official 0 / 0), and a neighbour at distance 0 or with ``d^P`` beyond t
 for every power (official 0 * Inf for powers below 1).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boltz_mm.ops._checks import check_float, check_shape
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
+from boltz_mm.ops._checks import check_float, check_shape, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum
 
 EPSILON = 1e-11  # of u; the official code writes 10e-12
@@ -83,7 +87,12 @@ def inverse_distance_interpolate(feat: Tensor, pos: Tensor, query_pos: Tensor, i
     check_float('query_pos', query_pos, feat.device)
     check_shape('pos', pos, '[B, M, 2]', (batch, count, 2))
     check_shape('query_pos', query_pos, '[B, N, 2]', (*index.shape[:2], 2))
-    dtype = torch.float64 if feat.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(feat)
+    constant = not torch.is_grad_enabled() or not (pos.requires_grad or query_pos.requires_grad)
+    if constant and use_native(feat.device):
+        return torch.ops.boltz_mm.inverse_distance_interpolate(
+            feat, pos.to(dtype), query_pos.to(dtype), index, as_power(power, pos.to(dtype))
+        )
     index = index.long()
     neighbours = pos.to(dtype).gather(1, index.flatten(1)[..., None].expand(-1, -1, 2)).unflatten(1, index.shape[1:])
     power = power.to(dtype) if isinstance(power, Tensor) else power
@@ -115,7 +124,7 @@ def weighted_point_sampling(index: Tensor, weights: Tensor, attn: Tensor, value:
     check_float('attn', attn, value.device)
     check_shape('weights', weights, '[B, N, M, K]', index.shape)
     check_shape('attn', attn, '[B, N, M]', index.shape[:3])
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(value)
     both = attn.to(dtype).unsqueeze(-1) * weights.to(dtype)
     return sum_of_rows(value, index.flatten(2).long(), both.flatten(2))
 
@@ -216,6 +225,11 @@ def check_power(power: Power, device: torch.device) -> None:
         raise TypeError(f'power must be a number or a tensor, got {type(power).__name__}')
 
 
+def as_power(power: Power, like: Tensor) -> Tensor:
+    """A power as a tensor ``[1]`` of the dtype and device of another one."""
+    return power.to(like.dtype).reshape(1) if isinstance(power, Tensor) else like.new_full((1,), power)
+
+
 def _check_index(index: Tensor, value: Tensor, dims: int, meaning: str) -> None:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f'index must be int64 or int32, got {getattr(index, "dtype", type(index).__name__)}')
@@ -223,3 +237,49 @@ def _check_index(index: Tensor, value: Tensor, dims: int, meaning: str) -> None:
         raise ValueError(f'index must have shape {meaning} with B = {value.shape[0]}, got {list(index.shape)}')
     if index.device != value.device:
         raise ValueError(f'index is on {index.device}, the features on {value.device}')
+
+
+def _fake(feat: Tensor, pos: Tensor, query_pos: Tensor, index: Tensor, power: Tensor) -> Tensor:
+    return feat.new_empty(*index.shape[:2], feat.shape[2])
+
+
+def _fake_backward(
+    grad_output: Tensor, feat: Tensor, pos: Tensor, query_pos: Tensor, index: Tensor, power: Tensor, feat_needed: bool,
+    power_needed: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return feat.new_empty(feat.shape if feat_needed else 0), power.new_empty(int(power_needed))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    feat_needed, power_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    grad_feat, grad_power = torch.ops.boltz_mm.inverse_distance_interpolate_backward(
+        grad_output, *ctx.saved_tensors, feat_needed, power_needed
+    )
+    return grad_feat if feat_needed else None, None, None, None, grad_power if power_needed else None
+
+
+def _flops(feat: Any, pos: Any, query_pos: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+    """A multiply-add for each neighbour and channel; the weights are not counted."""
+    batch, queries, neighbours = index
+    return 2 * batch * queries * neighbours * feat[2]
+
+
+def _backward_flops(
+    grad_output: Any, feat: Any, pos: Any, query_pos: Any, index: Any, power: Any, feat_needed: bool,
+    power_needed: bool, **kwargs: Any,
+) -> int:  # fmt: skip
+    """An addition to each neighbour, and for the power a product with it."""
+    return (int(feat_needed) + int(power_needed)) * _flops(feat, pos, query_pos, index)
+
+
+if has_native_operators():
+    _registration.register(
+        'inverse_distance_interpolate', fake=_fake, setup_context=_setup_context, backward=_backward, flops=_flops
+    )
+    _registration.register_backward('inverse_distance_interpolate_backward', fake=_fake_backward, flops=_backward_flops)
+    _registration.register_vmap('inverse_distance_interpolate', constant=('power',))
+    _registration.register_vmap('inverse_distance_interpolate_backward', constant=('power',))

@@ -1,0 +1,23 @@
+// The point kernels for x86-64 processors with AVX2 and FMA.
+#include "point_deform.h"
+
+#ifdef BOLTZ_MM_X86_VARIANTS
+
+#define BOLTZ_MM_VECTOR_BYTES 32
+
+// To the end of the file, because templates are compiled there.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace boltz_mm::avx2 {
+#include "point_deform_kernels.h"
+}  // namespace boltz_mm::avx2
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+
+#endif
