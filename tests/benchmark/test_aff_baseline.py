@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor
 from boltz_mm import ops
 from tests.parity.case import Case
 from tests.parity.compare import mismatch
-from tools.benchmark import aff_models
+from tools.benchmark import aff_attention, aff_models
 from tools.benchmark.baselines import cluster_attention as gather
 from tools.benchmark.baselines.aff import Level, OfficialAFF
 from tools.benchmark.baselines.aff_head import OfficialSegmentor
@@ -191,16 +191,28 @@ def test_dense_layers_are_recorded() -> None:
     assert sum(event.count for event in profiler.key_averages() if event.key == 'aten::addmm') == names.count('addmm')
 
 
+@pytest.mark.parametrize('form', [aff_attention.elementwise, aff_attention.matrix_products, aff_attention.torch_bags])
+def test_forms_of_one_attention(form: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 20, 5).unbind()
+    bias = torch.randn(2, 3, 20, 7)
+    dense = torch.full((2, 3, 20, 20), -torch.inf)
+    index = torch.rand(2, 20, 20).argsort(-1)[..., :7]  # none twice
+    dense.scatter_(3, index.unsqueeze(1).expand(-1, 3, -1, -1), bias)
+    expected = (query @ key.transpose(2, 3) + dense).softmax(-1) @ value
+    torch.testing.assert_close(form(query, key, value, index, bias), expected)
+
+
 @pytest.mark.slow
 def test_quick_run_as_json() -> None:
     script = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'models.py'
-    names = ['aff_mini', 'aff_mini_seg', 'aff_mini_growth']
+    names = ['aff_mini', 'aff_mini_seg', 'aff_mini_growth', 'aff_attention']
     command = [sys.executable, str(script), '--model', *names, '--quick', '--repeats', '1', '--json']
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     records = [json.loads(line) for line in done.stdout.splitlines()]
     by_name = {name: [record for record in records if record['model'] == name] for name in names}
     assert [record['direction'] for record in by_name['aff_mini']] == ['fwd'] * 4 + ['fwdbwd'] * 4
-    assert [len(by_name[name]) for name in names[1:]] == [4, 12]
+    assert [len(by_name[name]) for name in names[1:]] == [4, 12, 8]
     assert sum(map(len, by_name.values())) == len(records)
     for record in records:
         assert record['ratio'] == pytest.approx(record['baseline_ms'] / record['ms'], rel=1e-2)

@@ -25,6 +25,7 @@ from boltz_mm.models.backbones.aff import AFF, ARCHS
 from boltz_mm.models.heads.point_pixel_decoder import PointPixelDecoder
 from boltz_mm.models.layers.point_masked_decoder import PointMaskedDecoder
 from boltz_mm.ops import neighbors
+from tools.benchmark import aff_attention
 from tools.benchmark.baselines.aff import OfficialAFF
 from tools.benchmark.baselines.aff_head import OfficialSegmentor
 from tools.benchmark.baselines.bag_attention import bag_attention
@@ -305,4 +306,4 @@ def models() -> dict[str, Callable[[str, bool, int], Iterator[Record]]]:
     variants = ('mini', 'tiny', 'small', 'base_384')
     named = {f'aff_{variant}': functools.partial(classification, variant) for variant in variants}
     named |= {f'aff_{variant}_seg': functools.partial(segmentation, variant) for variant in variants[:3]}
-    return {**named, 'aff_mini_growth': functools.partial(growth, 'mini')}
+    return {**named, 'aff_mini_growth': functools.partial(growth, 'mini'), 'aff_attention': aff_attention.forms}
