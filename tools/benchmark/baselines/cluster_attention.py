@@ -78,7 +78,7 @@ def _gather_heads(feat: Tensor, index: Tensor) -> Tensor:
     """``[B, H, N, K, C]`` of ``feat [B, H, M, C]``."""
     batch, heads, _, width = feat.shape
     _, n, k = index.shape
-    rows = feat.gather(2, index.view(batch, 1, n * k, 1).expand(-1, heads, -1, width))
+    rows = feat.gather(2, index.reshape(batch, 1, n * k, 1).expand(-1, heads, -1, width))
     return rows.view(batch, heads, n, k, width)
 
 
