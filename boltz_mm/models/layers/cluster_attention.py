@@ -194,8 +194,8 @@ class ClusterBlock(BaseModule):
         return self._add(x, self.mlp(self.norm2(x)), 'gamma2')
 
     def _add(self, x: Tensor, branch: Tensor, factor: str) -> Tensor:
-        if self.with_layer_scale:
-            if not self.training:
-                return torch.addcmul(x, branch, getattr(self, factor))
-            branch = branch * getattr(self, factor)
-        return x + self.drop_path(branch)
+        if not self.with_layer_scale:
+            return x + self.drop_path(branch)
+        if self.training and self.drop_path.drop_prob:
+            return x + self.drop_path(branch * getattr(self, factor))
+        return torch.addcmul(x, branch, getattr(self, factor))
