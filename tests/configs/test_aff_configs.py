@@ -151,7 +151,7 @@ def _instance_data(name: str, folder: Path) -> tuple[Config, list]:
     content = coco_content((*classes, 'car'), (1, 2, 3))
     loader = config.train_dataloader.dataset
     loader.update(data_root=str(folder), ann_file=write_coco(folder, content).name, data_prefix={'img': ''})
-    loader.metainfo, loader.filter_cfg = {'classes': (*classes, 'car')}, {'filter_empty_gt': True}
+    loader.metainfo = {'classes': (*classes, 'car')}
     return config, list(DATASETS.build(loader))
 
 

@@ -1,7 +1,13 @@
 # Cityscapes instances with AutoFocusFormer's augmentation.
 # Data: the json files of mmdet's tools/dataset_converters/cityscapes.py.
-dataset_type = 'CityscapesDataset'
+dataset_type = 'boltz_mm.CheckedCocoDataset'
 data_root = 'data/cityscapes/'
+metainfo = dict(
+    classes=('person', 'rider', 'car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle'),
+    palette=[
+        (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    ],
+)  # fmt: skip
 crop_size = (1024, 512)  # width, height
 sizes = [512, 614, 716, 819, 921, 1024, 1126, 1228, 1331, 1433, 1536, 1638, 1740, 1843, 1945, 2048]
 train_pipeline = [
@@ -29,9 +35,10 @@ train_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        metainfo=metainfo,
         ann_file='annotations/instancesonly_filtered_gtFine_train.json',
         data_prefix=dict(img='leftImg8bit/train/'),
-        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
     ),
 )
@@ -43,10 +50,10 @@ val_dataloader = dict(
     dataset=dict(
         type=dataset_type,
         data_root=data_root,
+        metainfo=metainfo,
         ann_file='annotations/instancesonly_filtered_gtFine_val.json',
         data_prefix=dict(img='leftImg8bit/val/'),
         test_mode=True,
-        filter_cfg=dict(filter_empty_gt=True, min_size=32),
         pipeline=test_pipeline,
     ),
 )

@@ -2,7 +2,7 @@
 num_things_classes = 80
 num_stuff_classes = 0
 model = dict(
-    type='Mask2Former',
+    type='boltz_mm.PointMask2Former',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
         mean=[123.675, 116.28, 103.53],

@@ -3,21 +3,22 @@
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from mmcv.transforms import Compose
-from mmdet.models.utils import preprocess_panoptic_gt
 from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, init_default_scope
-from mmseg.models.decode_heads import Mask2FormerHead
 from PIL import Image
 
 import boltz_mm.engine  # noqa: F401  registers
-from boltz_mm.registry import DATASETS, TRANSFORMS
+from boltz_mm.converters.aff import our_classifier_key, our_segmentor_key
+from boltz_mm.registry import DATASETS, MODELS, TRANSFORMS
 from tests.parity.case import Case, Produced
+from tests.parity.handlers.aff_backbone import backbone_config
+from tests.parity.handlers.aff_model import detector
 from tests.parity.registry import handler
 
 SCHEDULES = Path(__file__).parents[3] / 'configs' / '_base_' / 'schedules'
@@ -93,19 +94,27 @@ def data_semantic_target(case: Case) -> Produced:
         steps.insert(0, {'type': 'Pad', 'size': (side, side), 'pad_val': {'img': 128, 'seg': ignored}})
     packed = Compose([TRANSFORMS.build(step) for step in steps])(results)
     sample = packed['data_samples']
-    # The head of ours takes this from mmseg's.
-    instances, _ = Mask2FormerHead._seg_data_to_instance_data(SimpleNamespace(ignore_index=ignored), [sample])
+    head = _seg_head(num_classes=int(labels.max()) + 1, ignore_index=ignored)
+    [targets] = head.make_targets([sample])
     return {
         'out.image': packed['inputs'].flip(0),  # the model turns BGR into RGB
         'out.sem_seg': sample.gt_sem_seg.data[0],
-        'out.gt_classes': instances[0].labels,
-        'out.gt_masks': instances[0].masks,
+        'out.gt_classes': targets.labels,
+        'out.gt_masks': targets.masks,
     }
+
+
+def _seg_head(**kwargs: Any) -> torch.nn.Module:
+    """The smallest semantic head; its targets do not depend on its size."""
+    decoders = {'num_heads': 1, 'num_layers': 1, 'feedforward_channels': 8}
+    small = {'in_channels': [8] * 4, 'feat_channels': 8, 'out_channels': 8, 'num_queries': 2}
+    parts = {'pixel_decoder': decoders, 'transformer_decoder': decoders}
+    return MODELS.build({'type': 'boltz_mm.PointMask2FormerSegHead', **small, **parts, **kwargs})
 
 
 @handler('aff', 'data_panoptic_target')
 def data_panoptic_target(case: Case) -> Produced:
-    """The panoptic dataset on files, and the targets that mmdet's mask classification heads make of its sample."""
+    """The panoptic dataset on files, and the targets that the head makes of its sample."""
     init_default_scope('mmdet')
     with TemporaryDirectory() as folder:
         dataset = DATASETS.build(_panoptic_files(Path(folder), case))
@@ -116,10 +125,9 @@ def data_panoptic_target(case: Case) -> Produced:
         steps += [{'type': 'boltz_mm.PanopticSegmentsToInstances'}, {'type': 'PackDetInputs'}]
         dataset.pipeline = Compose([TRANSFORMS.build(step) for step in steps])
         truth = dataset[0]['data_samples'].gt_instances
-    labels, masks = preprocess_panoptic_gt(
-        truth.labels, truth.masks, None, num_things=len(dataset.metainfo['classes']), num_stuff=0
-    )
-    return {'out.gt_classes': labels, 'out.gt_masks': masks}
+    # A map of stuff is not given: things and stuff are instances here.
+    [targets] = _seg_head(num_classes=2).preprocess_gt([truth], [None])
+    return {'out.gt_classes': targets.labels, 'out.gt_masks': targets.masks}
 
 
 def _panoptic_files(folder: Path, case: Case) -> dict[str, Any]:
@@ -144,3 +152,62 @@ def _panoptic_files(folder: Path, case: Case) -> dict[str, Any]:
         'pipeline': [],
         'test_mode': True,
     }
+
+
+def _groups(model: torch.nn.Module, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The optimizer's group of every parameter."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optim_wrapper(model, recipe).optimizer.param_groups
+    return {names[id(parameter)]: group for group in groups for parameter in group['params']}
+
+
+@handler('aff', 'optim_groups_cls')
+def optim_groups_cls(case: Case) -> Produced:
+    """The groups of the ImageNet recipe.
+
+    Raises:
+        ValueError: A parameter decays that does not officially, or the other way round.
+    """
+    init_default_scope('mmpretrain')
+    kwargs = case.kwargs
+    head = {'type': 'mmpretrain.LinearClsHead', 'num_classes': kwargs['num_classes']}
+    head['in_channels'] = kwargs['embed_dim'][-1]
+    model = MODELS.build(
+        {'type': 'mmpretrain.ImageClassifier', 'backbone': backbone_config(kwargs, 'avg'), 'head': head}
+    )
+    groups = _groups(model, Config.fromfile(SCHEDULES / 'aff_in1k.py').optim_wrapper)
+    counts = []
+    for key in ('decay', 'no_decay'):
+        chosen = {name for name, group in groups.items() if (group['weight_decay'] > 0) == (key == 'decay')}
+        officially = {our_classifier_key(name) for name in case.meta[key]}
+        if chosen != officially:
+            raise ValueError(f'{key} differs for {sorted(chosen ^ officially)}')
+        counts.append(len(chosen))
+    return {'out.counts': torch.tensor(counts)}
+
+
+@handler('aff', 'optim_groups_seg')
+def optim_groups_seg(case: Case) -> Produced:
+    """The groups of the segmentation recipe.
+
+    Raises:
+        ValueError: A rate or a decay is not the official one.
+    """
+    init_default_scope('mmdet')
+    kwargs = case.kwargs
+    recipe = Config.fromfile(SCHEDULES / 'aff_80k.py').optim_wrapper
+    recipe.optimizer.update(lr=kwargs['base_lr'], weight_decay=kwargs['weight_decay'])
+    recipe.paramwise_cfg.update(
+        norm_decay_mult=kwargs['weight_decay_norm'] / kwargs['weight_decay'],
+        embed_decay_mult=kwargs['weight_decay_embed'] / kwargs['weight_decay'],
+        custom_keys={'backbone': {'lr_mult': kwargs['backbone_multiplier']}},
+    )
+    groups = _groups(detector(kwargs), recipe)
+    ours = {name: [group['lr'], group['weight_decay']] for name, group in groups.items()}
+    officially = {our_segmentor_key(name): values for name, values in case.meta['groups'].items()}
+    if ours.keys() != officially.keys():
+        raise ValueError(f'parameters differ: {sorted(ours.keys() ^ officially.keys())}')
+    different = [name for name, values in ours.items() if not np.allclose(values, officially[name], rtol=1e-9, atol=0)]
+    if different:
+        raise ValueError(f'rate or decay differs, such as that of {different[0]}: {ours[different[0]]}')
+    return {'out.num_groups': len({id(group) for group in groups.values()})}
