@@ -23,6 +23,7 @@ from boltz_mm.ops import _registration
 from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import check_float, check_shape, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum
+from boltz_mm.ops.point_merge import weighted_gather
 
 EPSILON = 1e-11  # of u; the official code writes 10e-12
 Power = Tensor | float
@@ -178,11 +179,13 @@ def sum_of_rows(value: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         ``[B, N, C]`` in the dtype of ``value``.
     """
     batch, rows, _ = value.shape
-    images = torch.arange(batch, device=value.device)[:, None, None]
     if index.numel() and index.device.type == 'cpu' and not torch.compiler.is_compiling():
         low, high = index.aminmax()
         if int(low) < 0 or int(high) >= rows:
             raise RuntimeError(f'index is out of range: {int(low)}..{int(high)}, there are {rows} rows')
+    if use_native(value.device):
+        return weighted_gather(index, weights, value)
+    images = torch.arange(batch, device=value.device)[:, None, None]
     return bags(value.flatten(0, 1), index + images * rows, weights)
 
 

@@ -3,64 +3,31 @@
 
 #include "point_deform.h"
 
+#include "../include/stable_call.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <string>
 #include <tuple>
 #include <vector>
 
 namespace boltz_mm {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kReadsToPack = 2;        // samples for each token
 constexpr int64_t kLargestSide = 1 << 22;  // of a canvas: its cells are exact in float32
 constexpr int64_t kQueriesOfTask = 256;    // of an interpolation
 constexpr int64_t kChannelsOfTask = 32;    // of the backward pass of an interpolation
 
-const PointKernels* choose_kernels() {
+constexpr char kComputeType[] = "the compute dtype: float64 for a float64 value, otherwise float32";
+
+const PointKernels& kernels_of(ValueType type) {
+  const int index = static_cast<int>(type);
 #ifdef BOLTZ_MM_X86_VARIANTS
-  // For tests and comparisons: keep to a smaller instruction set.
-  const char* asked = std::getenv("BOLTZ_MM_CPU_CAPABILITY");
-  const std::string limit = asked ? asked : "avx512";
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && limit == "avx512") return avx512::point_kernels;
-  if (has_avx2 && limit != "baseline") return avx2::point_kernels;
+  if (instruction_set() == InstructionSet::avx512) return avx512::point_kernels[index];
+  if (instruction_set() == InstructionSet::avx2) return avx2::point_kernels[index];
 #endif
-  return baseline::point_kernels;
-}
-
-PointValueType value_type(const Tensor& value) {
-  switch (value.scalar_type()) {
-    case ScalarType::Double:
-      return PointValueType::float64;
-    case ScalarType::Float:
-      return PointValueType::float32;
-    case ScalarType::BFloat16:
-      return PointValueType::bfloat16;
-    case ScalarType::Half:
-      return PointValueType::float16;
-    default:
-      STD_TORCH_CHECK(false, "value must be float64, float32, bfloat16 or float16");
-      return PointValueType::float32;
-  }
-}
-
-const PointKernels& kernels_of(PointValueType type) {
-  static const PointKernels* chosen = choose_kernels();
-  return chosen[static_cast<int>(type)];
+  return baseline::point_kernels[index];
 }
 
 template <typename I>
@@ -80,23 +47,20 @@ class Call {
 
   // value: [B, S, ...] with contiguous channels in the last dimension.
   explicit Call(const Tensor& value)
-      : kernels_(kernels_of(value_type(value))),
-        compute_(value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
-        value_(value.stride(value.dim() - 1) != 1 && value.size(value.dim() - 1) > 1
-                   ? torch::stable::contiguous(value)
-                   : value) {
+      : kernels_(kernels_of(value_type("value", value))), compute_(compute_type(value)),
+        value_(inputs_.rows("value", value)) {
     problem.batch = value_.size(0);
     problem.tokens = value_.size(1);
     problem.value = value_.const_data_ptr();
     problem.value_batch_stride = value_.stride(0);
     problem.value_token_stride = value_.stride(1);
+    problem.value_head_stride = value_.stride(2);
     STD_TORCH_CHECK(problem.tokens < INT32_MAX, "there are too many tokens: ", problem.tokens);
   }
 
   // A contiguous tensor of the compute dtype with the expected number of elements.
   const void* input(const char* name, const Tensor& tensor, int64_t elements) {
-    STD_TORCH_CHECK(tensor.scalar_type() == compute_, name,
-                    " must have the compute dtype: float64 for a float64 value, otherwise float32");
+    check_type(name, tensor, compute_, kComputeType);
     return keep(name, tensor, elements);
   }
 
@@ -112,7 +76,7 @@ class Call {
 
   // A contiguous tensor of the dtype of value with the expected number of elements.
   const void* upstream(const char* name, const Tensor& tensor, int64_t elements) {
-    STD_TORCH_CHECK(tensor.scalar_type() == value_.scalar_type(), name, " must have the dtype of value");
+    check_type(name, tensor, value_.scalar_type(), "the dtype of value");
     return keep(name, tensor, elements);
   }
 
@@ -206,10 +170,10 @@ class Call {
   }
 
  private:
+  Inputs inputs_;
   const PointKernels& kernels_;
   ScalarType compute_;
-  Tensor value_;
-  std::vector<Tensor> kept_;
+  const Tensor& value_;
   std::vector<int64_t> starts_;
   std::vector<double> parts_;
 
@@ -218,31 +182,13 @@ class Call {
 
   const void* keep(const char* name, const Tensor& tensor, int64_t elements) {
     STD_TORCH_CHECK(tensor.numel() == elements, name, " must have ", elements, " elements, it has ", tensor.numel());
-    STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU as value is");
-    kept_.push_back(torch::stable::contiguous(tensor));
-    return kept_.back().const_data_ptr();
+    return inputs_.contiguous(name, tensor).const_data_ptr();
   }
 
-  // Run all tasks, `at_once` at a time.  Which thread takes which does not matter: no two tasks share an output.
   void in_threads(int64_t tasks, int64_t at_once, int64_t scratch_bytes,
                   void (*run)(const PointProblem&, int64_t, int64_t, void*)) const {
-    if (tasks == 0) return;
-    const int64_t takes = (tasks + at_once - 1) / at_once;
-    const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), takes);
-    // A tensor, so that it counts as memory of PyTorch; taken before the threads start, because an exception must not
-    // leave a thread.
-    const int64_t stride = (scratch_bytes + 127) / 64 * 64;
-    const Tensor scratch = torch::stable::new_empty(value_, {workers * stride + 64}, ScalarType::Byte);
-    char* memory = static_cast<char*>(scratch.mutable_data_ptr());
-    char* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64;
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) {
-        for (int64_t first = next.fetch_add(at_once); first < tasks; first = next.fetch_add(at_once)) {
-          run(problem, first, std::min(first + at_once, tasks), aligned + worker * stride);
-        }
-      }
-    });
+    run_tasks(value_, tasks, at_once, scratch_bytes,
+              [&](int64_t begin, int64_t end, void* scratch) { run(problem, begin, end, scratch); });
   }
 };
 
@@ -257,7 +203,6 @@ Call attention_call(const Tensor& value, const Tensor& positions, const std::vec
                   "the sides of the canvas must be in 1..", kLargestSide - 1, ", got ", height, " x ", width);
   Call call(value);
   PointProblem& problem = call.problem;
-  problem.value_head_stride = value.stride(3) != 1 && value.size(3) > 1 ? value.size(3) : value.stride(2);
   problem.heads = value.size(2);
   problem.depth = value.size(3);
   problem.channels = problem.heads * problem.depth;

@@ -3,12 +3,12 @@
 
 #pragma once
 
+#include "../include/instruction_set.h"
+#include "../include/value_type.h"
+
 #include <cstdint>
 
 namespace boltz_mm {
-
-enum class PointValueType : int { float64, float32, bfloat16, float16 };
-constexpr int kPointValueTypes = 4;
 
 // One call.  A sample lies at the place of its query, plus its offset; its neighbours are those of the cell that it is
 // in, or without a canvas those of its query.  Pointers are to contiguous tensors, except for value, whose channels
@@ -54,15 +54,14 @@ struct PointKernels {
 };
 
 namespace baseline {
-extern const PointKernels point_kernels[kPointValueTypes];
+extern const PointKernels point_kernels[kValueTypes];
 }
-#if defined(__x86_64__) && defined(__GNUC__)
-#define BOLTZ_MM_X86_VARIANTS 1
+#ifdef BOLTZ_MM_X86_VARIANTS
 namespace avx2 {
-extern const PointKernels point_kernels[kPointValueTypes];
+extern const PointKernels point_kernels[kValueTypes];
 }
 namespace avx512 {
-extern const PointKernels point_kernels[kPointValueTypes];
+extern const PointKernels point_kernels[kValueTypes];
 }
 #endif
 

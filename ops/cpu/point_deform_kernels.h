@@ -559,7 +559,7 @@ constexpr PointKernels make_kernels() {
 
 }  // namespace
 
-const PointKernels point_kernels[kPointValueTypes] = {
+const PointKernels point_kernels[kValueTypes] = {
     make_kernels<double, double>(),
     make_kernels<float, float>(),
     make_kernels<BFloat16, float>(),

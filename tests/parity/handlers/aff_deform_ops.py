@@ -1,11 +1,11 @@
 """AutoFocusFormer's sampling between points: MSDETRPC, inverse-distance interpolation, points to images."""
 
 import torch
-from torch import Tensor
 
 from boltz_mm.ops import (
     inverse_distance_interpolate,
     inverse_distance_weights,
+    knn_points,
     points_to_image,
     weighted_point_sampling,
 )
@@ -22,18 +22,13 @@ def op_msdetrpc(case: Case) -> Produced:
     return {'out.out': output} | {f'grad.{name}': grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def _nearest(query: Tensor, points: Tensor, count: int) -> Tensor:
-    distance = (query[:, :, None] - points[:, None]).square().sum(-1).sqrt()
-    return distance.sort(dim=-1, stable=True).indices[..., :count]
-
-
 @handler('aff', 'shepard')
 def shepard(case: Case) -> Produced:
     inputs = case.inputs
     leaves = {name: inputs[name].requires_grad_() for name in ('feature', 'query', 'power')}
     feature, query, power = leaves.values()
     database = inputs['database']
-    index = _nearest(query.detach(), database, case.kwargs['k'])
+    index = knn_points(query.detach(), database, case.kwargs['k'])
     neighbours = torch.stack([points[rows] for points, rows in zip(database, index, strict=True)])
     exponent = power if case.kwargs['learnable'] else case.kwargs['power']
     output = inverse_distance_interpolate(feature, database, query, index, exponent)
