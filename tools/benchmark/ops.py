@@ -27,12 +27,16 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT))
 
 from boltz_mm import __version__, ops  # noqa: E402
+from tools.benchmark.baselines import cluster_attention as plain_points  # noqa: E402
 from tools.benchmark.baselines import grid_attention as plain  # noqa: E402
+from tools.benchmark.point_sets import adaptive, grid  # noqa: E402
 from tools.benchmark.timing import Record, compare, extra_bytes, time_once  # noqa: E402
 
 HEADS, DEPTH = 8, 32
 IMAGE_LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # 800 x 1333 pixels, strides 8 to 64: 22,223 cells
 QUICK_LEVELS = ((13, 21), (7, 11), (4, 6), (2, 3))
+SIDES, QUICK_SIDES = (56, 128, 256, 512), (24,)  # of the canvas in cells of 4 pixels
+MOST_PAIRS_BITS = 26  # of the pairs that a baseline visits
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Case:
         ours: Takes the leaves.
         baselines: By name; each takes the leaves.
         leaves: Inputs with gradients.
+        differentiable: Whether there are gradients.
+        part: The baselines compute one in so many of the queries, and their time is multiplied by it.
     """
 
     op: str
@@ -52,6 +58,8 @@ class Case:
     ours: Callable[..., Any]
     baselines: dict[str, Callable[..., Any]]
     leaves: list[Tensor]
+    differentiable: bool = True
+    part: int = 1
 
     def flops(self, backward: bool) -> int:
         """Of the operator's registered formula."""
@@ -166,10 +174,54 @@ def deform_cases(levels: Sequence[tuple[int, int]], device: str, dtype: torch.dt
     )
 
 
+def neighbor_cases(sides: Sequence[int], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The searches of AutoFocusFormer on square canvases, 512 pixels having a side of 128."""
+    if dtype != torch.float32:
+        return  # positions are float32 whatever the features are
+    for side in sides:
+        cells, many, few = grid(side, side), adaptive(side, side, 1 / 4), adaptive(side, side, 1 / 16)
+        means = ops.space_filling_clusters(cells, 8, (side, side)).means
+        for name, query, points, k in (
+            ('grid 9', cells, cells, 9),
+            ('grid to 1/16 4', cells, few, 4),
+            ('grid to means 6', cells, means, 6),
+            ('1/4 itself 2', many, many, 2),
+        ):
+            part = 1 << max(0, (query.shape[1] * points.shape[1]).bit_length() - MOST_PAIRS_BITS)
+            which = 'all pairs' if part == 1 else f'all pairs of 1/{part} of the queries, times {part}'
+            yield Case(
+                'knn_points',
+                f'{side}x{side} {name}',
+                partial(ops.knn_points, k=k, return_distance=True, canvas=(side, side)),
+                {which: lambda q, p, k=k, part=part: plain_points.knn(q[:, ::part], p, k)},
+                [query.to(device), points.to(device)],
+                differentiable=False,
+                part=part,
+            )
+
+
+def cluster_cases(sides: Sequence[int], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Clusters of 8 tokens on square canvases, 224 pixels having a side of 56."""
+    if dtype != torch.float32:
+        return
+    for side in sides:
+        for name, pos in (('grid', grid(side, side)), ('1/4', adaptive(side, side, 1 / 4))):
+            yield Case(
+                'space_filling_clusters',
+                f'{side}x{side} {name}',
+                lambda p, side=side: ops.space_filling_clusters(p, 8, (side, side))[:4],
+                {'the same in PyTorch': lambda p, side=side: plain_points.space_filling_clusters(p, 8, side, side)[:3]},
+                [pos.to(device)],
+                differentiable=False,
+            )
+
+
 OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     'box_attention': lambda quick, **kwargs: box_cases(**kwargs),
     'deform_attention': lambda quick, **kwargs: deform_cases(**kwargs),
     'instance_attention': lambda quick, **kwargs: instance_cases(queries=20 if quick else 300, **kwargs),
+    'knn_points': lambda quick, levels, **kwargs: neighbor_cases(QUICK_SIDES if quick else SIDES, **kwargs),
+    'space_filling_clusters': lambda quick, levels, **kwargs: cluster_cases(QUICK_SIDES if quick else SIDES, **kwargs),
 }
 
 
@@ -180,7 +232,7 @@ def cases(op: str, device: str, quick: bool) -> Iterator[tuple[str, Case]]:
         levels = QUICK_LEVELS if quick else IMAGE_LEVELS
         for case in OPERATORS[op](quick, levels=levels, device=device, dtype=dtype):
             for leaf in case.leaves:
-                leaf.requires_grad_()
+                leaf.requires_grad_(case.differentiable)
             yield str(dtype).removeprefix('torch.'), case
 
 
@@ -196,15 +248,14 @@ class Result:
 def results(op: str, device: str, quick: bool, repeats: int) -> Iterator[Result]:
     """Time all cases of an operator."""
     for dtype, case in cases(op, device, quick):
-        for backward in (False, True):
+        for backward in (False, True) if case.differentiable else (False,):
             ours = step(case.ours, case.leaves, backward)
             extra, moved, flops = extra_bytes(ours, device), case.moved_bytes(backward), case.flops(backward)
             direction = 'fwdbwd' if backward else 'fwd'
             for name, function in case.baselines.items():
                 ms, baseline_ms = compare(ours, step(function, case.leaves, backward), device, repeats)
-                yield Result(
-                    Record(op, case.name, device, dtype, direction, ms, name, baseline_ms, extra), moved, flops
-                )
+                record = Record(op, case.name, device, dtype, direction, ms, name, baseline_ms * case.part, extra)
+                yield Result(record, moved, flops)
 
 
 def machine_rates(device: str, quick: bool) -> tuple[float, float]:
@@ -223,7 +274,7 @@ def table_row(result: Result, rates: tuple[float, float]) -> str:
     record = result.record
     bandwidth, rate = result.moved_bytes / record.ms * 1e3, result.flops / record.ms * 1e3
     return (
-        f'{record.name:19}{record.case:27}{record.dtype:9}{record.direction:7}{record.ms:9.2f}{record.baseline_ms:10.2f}'
+        f'{record.name:23}{record.case:27}{record.dtype:9}{record.direction:7}{record.ms:9.2f}{record.baseline_ms:10.2f}'
         f'{record.ratio:7.1f}{record.extra_bytes / 2**20:8.1f}{result.moved_bytes / 2**20:8.1f}'
         f'{bandwidth / rates[0]:8.1%}{rate / rates[1]:8.1%}  {record.baseline}'
     )
@@ -248,7 +299,7 @@ def main() -> None:
             f'boltz_mm {__version__}, torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, '
             f'backends {ops.available_backends()}, copy {rates[0] / 1e9:.1f} GB/s, '
             f'matrix product {rates[1] / 1e9:.0f} GFLOP/s\n'
-            f'{"op":19}{"case":27}{"dtype":9}{"dir":7}{"ms":>9}{"base ms":>10}{"ratio":>7}{"extra":>8}{"moved":>8}'
+            f'{"op":23}{"case":27}{"dtype":9}{"dir":7}{"ms":>9}{"base ms":>10}{"ratio":>7}{"extra":>8}{"moved":>8}'
             f'{"copy":>8}{"mm":>8}  baseline (extra and moved in MiB)'
         )
     for op in [args.op] if args.op else sorted(OPERATORS):
