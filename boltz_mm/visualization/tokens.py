@@ -17,6 +17,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from mmdet.evaluation.functional import INSTANCE_OFFSET
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from boltz_mm.visualization.panels import draw_panel, make_visualizer
 CELL = 4
 """Pixels of a cell of the grid."""
 
+_MOST_CELLS = 2.5  # of a token's square: the token is one cell, however far the others are
 _STAGE_COLORS = ('#7f7f7f', '#3b4cc0', '#f39c12', '#b40426')
 
 
@@ -264,7 +266,7 @@ def _dots(
     usual = 1.0
     if len(pos) > 1:
         _, distance = ops.knn_points(pos[None], pos[None], 2, return_distance=True, canvas=canvas)
-        usual = float(distance[0, :, 1].median())
+        usual = min(float(distance[0, :, 1].median()), _MOST_CELLS)
     points_per_pixel = 3.2 * 72 / shape[1]
     size = max(1.0, CELL * usual * share * points_per_pixel)
     centre = ((pos + 0.5) * CELL - 0.5).numpy()
@@ -302,6 +304,9 @@ def draw_prediction(
         blended = image * 0.45 + known[labels] * 255 * 0.55
         present = [str(classes[k]) if classes else str(k) for k in np.unique(labels)[:5]]
         return blended.clip(0, 255).astype(np.uint8), 'prediction: ' + ', '.join(present)
+    panoptic = sample.get('pred_panoptic_seg')
+    if panoptic is not None and bool((panoptic.sem_seg % INSTANCE_OFFSET >= len(classes or ())).all()):
+        return image, 'prediction: nothing'  # mmdet's visualizer stops at a map without segments
     panel = draw_panel(make_visualizer(meta), image, sample.cpu(), draw_gt=False, score_thr=score_thr)
     return panel, 'prediction'
 

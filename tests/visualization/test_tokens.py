@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.structures import BaseDataElement, PixelData
 from pycocotools import mask as coco_mask
@@ -100,6 +101,17 @@ def test_predictions_are_drawn() -> None:
     assert title == 'prediction: sky, sea'
     assert picture[0, 0].tolist() == [185, 45, 45]
     assert picture[5, 7].tolist() == [45, 45, 185]
+
+
+@pytest.mark.parametrize(('segments', 'title'), [([2], 'prediction: nothing'), ([2, 1001], 'prediction')])
+def test_panoptic_predictions_are_drawn(segments: list[int], title: str) -> None:
+    image = np.full((400, 600, 3), 100, np.uint8)
+    ids = torch.tensor(segments).repeat_interleave(600 // len(segments)).expand(1, 400, 600)  # 2 is void
+    sample = DetDataSample(pred_panoptic_seg=PixelData(sem_seg=ids.contiguous()))
+    meta = {'classes': ('sky', 'sea'), 'palette': [(255, 0, 0), (0, 0, 255)]}
+    picture, given = tokens.draw_prediction(sample, image, meta)
+    assert given == title
+    assert (picture == image).all() == (len(segments) == 1)
 
 
 def test_share_inside_scales_to_the_file() -> None:
