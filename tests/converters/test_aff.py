@@ -157,6 +157,13 @@ def test_command_line_takes_the_backbone_alone(tmp_path: Path, run_tool) -> None
         assert len(found) == norms
 
 
+def test_command_line_serves_mmseg(tmp_path: Path, run_tool) -> None:
+    target = tmp_path / 'ours.safetensors'
+    status, _, err = run_tool('--framework', 'mmseg', GOLDEN / 'seg_full_a' / 'weights.pth', target)
+    assert (status, err) == (0, '')
+    assert 'decode_head.predictor.class_embed.weight' in load_file(target)
+
+
 def test_command_line_refuses_what_does_not_fit(tmp_path: Path, classifier: dict, run_tool) -> None:
     source, target = tmp_path / 'odd.pth', tmp_path / 'ours.safetensors'
     torch.save({'model': {**classifier, 'something.else': torch.ones(3)}}, source)
