@@ -24,6 +24,19 @@
 //   order           [B, N]                 int64
 //   means           [B, K, 2]
 // height and width are those of a canvas that the points are spread over, 0 where it is not known.
+//
+// Cluster attention: N queries, M keys, J clusters of cluster_size keys that a query sees.
+//   query           [B, N, H, D]           float64, float32, bfloat16 or float16; key, value [B, M, H, D] of its dtype
+//   query_pos       [B or 1, N, 2]         (x, y), key_pos [B or 1, M, 2]
+//   nearest         [B or 1, N, J]         int32 or int64 cluster ids; without it each query sees all keys
+//   bias_weight     [H, 5], bias [H], blank_key and blank_value [H, D]
+//   normalizer      [B, N, H, 2]           the largest logit, and the sum of exp(logit - largest)
+// Compute dtypes, strides and gradients that do not exist as above, with query in the place of value.
+//
+// Neighbours of N rows in a table of M rows of C channels, for each head; in compute dtypes alone.
+//   rows            [B, H, N, C]           table [B, H, M, C]
+//   weights         [B, H, N, K]
+//   index           [B, N, K]              int32 or int64 rows of the table
 
 #include <torch/csrc/stable/library.h>
 
@@ -88,4 +101,18 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
   library.def(
       "inverse_distance_interpolate_backward(Tensor grad_output, Tensor feat, Tensor pos, Tensor query_pos, "
       "Tensor index, Tensor power, bool feat_needed, bool power_needed) -> (Tensor grad_feat, Tensor grad_power)");
+
+  library.def(
+      "cluster_attention(Tensor query, Tensor key, Tensor value, Tensor query_pos, Tensor key_pos, Tensor? nearest, "
+      "SymInt cluster_size, Tensor? bias_weight, Tensor? bias, Tensor? blank_key, Tensor? blank_value, float scale, "
+      "float max_offset) -> (Tensor output, Tensor normalizer)");
+  library.def(
+      "cluster_attention_backward(Tensor grad_output, Tensor normalizer, Tensor query, Tensor key, Tensor value, "
+      "Tensor query_pos, Tensor key_pos, Tensor? nearest, SymInt cluster_size, Tensor? bias_weight, Tensor? bias, "
+      "Tensor? blank_key, Tensor? blank_value, float scale, float max_offset) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias_weight, Tensor grad_bias, "
+      "Tensor grad_blank_key, Tensor grad_blank_value)");
+  library.def("neighbor_products(Tensor rows, Tensor table, Tensor index) -> Tensor");
+  library.def("neighbor_sums(Tensor weights, Tensor table, Tensor index) -> Tensor");
+  library.def("neighbor_spread(Tensor weights, Tensor rows, Tensor index, SymInt length) -> Tensor");
 }

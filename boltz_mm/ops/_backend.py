@@ -21,7 +21,7 @@ _HOW_TO_BUILD = (
     f'or set {_ENVIRONMENT}=reference to choose the PyTorch reference without this message'
 )
 # Operators by which a library of older sources is recognised.
-_NEWEST = ('knn_points', 'space_filling_order', 'point_merge', 'point_deform_attention')
+_NEWEST = ('knn_points', 'space_filling_order', 'point_merge', 'point_deform_attention', 'cluster_attention')
 
 _forced: str | None = None
 _loaded_devices: set[str] = set()

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from boltz_mm.ops import _registration
+from boltz_mm.ops._backend import has_native_operators
+
 Inverse = tuple[Tensor, Tensor]
 
 
@@ -141,3 +144,61 @@ def sums(weights: Tensor, table: Tensor, index: Tensor, inverse: Inverse | None 
     """
     result: Tensor = _Sums.apply(weights, table, index, *(inverse or ()))
     return result
+
+
+# --------------------------------------------------------------------------------------------------------- native ----
+# Each one's derivatives are the other two, so that they can be differentiated any number of times.
+
+
+def _fake_products(rows: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    return rows.new_empty(*rows.shape[:3], index.shape[2])
+
+
+def _fake_sums(weights: Tensor, table: Tensor, index: Tensor) -> Tensor:
+    return weights.new_empty(*weights.shape[:3], table.shape[3])
+
+
+def _fake_spread(weights: Tensor, rows: Tensor, index: Tensor, length: int) -> Tensor:
+    return rows.new_empty(*rows.shape[:2], length, rows.shape[3])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward_products(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, table, index = ctx.saved_tensors
+    needs_rows, needs_table, _ = ctx.needs_input_grad
+    grad_rows = torch.ops.boltz_mm.neighbor_sums(grad, table, index) if needs_rows else None
+    spread = torch.ops.boltz_mm.neighbor_spread
+    return grad_rows, spread(grad, rows, index, table.shape[2]) if needs_table else None, None
+
+
+def _backward_sums(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, table, index = ctx.saved_tensors
+    needs_weights, needs_table, _ = ctx.needs_input_grad
+    grad_weights = torch.ops.boltz_mm.neighbor_products(grad, table, index) if needs_weights else None
+    spread = torch.ops.boltz_mm.neighbor_spread
+    return grad_weights, spread(weights, grad, index, table.shape[2]) if needs_table else None, None
+
+
+def _backward_spread(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, rows, index = ctx.saved_tensors
+    needs_weights, needs_rows = ctx.needs_input_grad[:2]
+    grad_weights = torch.ops.boltz_mm.neighbor_products(rows, grad, index) if needs_weights else None
+    return grad_weights, torch.ops.boltz_mm.neighbor_sums(weights, grad, index) if needs_rows else None, None, None
+
+
+def _flops(first: Any, second: Any, index: Any, *args: Any, **kwargs: Any) -> int:
+    """A multiply-add for each neighbour, head and channel; the channels are those of the second input."""
+    batch, heads, _, depth = second
+    return 2 * batch * heads * index[1] * index[2] * depth
+
+
+if has_native_operators():
+    for _name, _fake, _backward in (
+        ('neighbor_products', _fake_products, _backward_products),
+        ('neighbor_sums', _fake_sums, _backward_sums),
+        ('neighbor_spread', _fake_spread, _backward_spread),
+    ):
+        _registration.register(_name, fake=_fake, setup_context=_setup, backward=_backward, flops=_flops)

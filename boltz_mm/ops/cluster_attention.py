@@ -17,14 +17,18 @@ is computed from the offset, so that no table and no range of offsets exists; su
 gradients of keys and values are added up cluster by cluster, in a fixed order.
 
 Cost, with an element of s bytes and K slots of a query: the result takes ``s B N H D`` bytes, backward keeps the inputs
-and ``4 B N H`` bytes.  FLOPs of the forward pass are ``4 B N H K D``, of the backward pass ``10``; the softmax and the
+and ``8 B N H`` bytes.  FLOPs of the forward pass are ``4 B N H K D``, of the backward pass ``10``; the softmax and the
 position bias are not counted.
 """
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from boltz_mm.ops import _neighbor_sums
+from boltz_mm.ops import _neighbor_sums, _registration
+from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import check_float, check_shape, compute_dtype
 from boltz_mm.ops.point_merge import offset_features
 
@@ -84,6 +88,10 @@ def cluster_attention(
     bias_weight, bias, blank_key, blank_value = (
         None if tensor is None else tensor.to(dtype) for tensor in (bias_weight, bias, blank_key, blank_value)
     )
+    if use_native(query.device):
+        bound = math.inf if max_offset is None else float(max_offset)
+        inputs = query, key, value, query_pos, key_pos, nearest, cluster_size, bias_weight, bias, blank_key, blank_value
+        return torch.ops.boltz_mm.cluster_attention(*inputs, float(scale), bound)[0]
     positions = query_pos, key_pos, max_offset
     parameters = bias_weight, bias, blank_key, blank_value
     with torch.autocast(query.device.type, enabled=False):
@@ -113,10 +121,13 @@ def cluster_qk(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     batch, heads, queries, depth = query.shape
     _check_rows('key', key, '[B, H, M, C]', query.device)
     check_shape('key', key, '[B, H, M, C]', (batch, heads, key.shape[2], depth))
-    _check_index('index', index, query.device, (batch,), queries, '[B, N, K]')
+    _check_index('index', index, query.device, batch, queries, '[B, N, K]')
     dtype = compute_dtype(query)
+    rows, table = query.to(dtype), key.to(query.dtype).to(dtype)
+    if use_native(query.device):
+        return torch.ops.boltz_mm.neighbor_products(rows, table, index).to(query.dtype)
     _check_range('index', index, key.shape[2], 'keys')
-    return _neighbor_sums.products(query.to(dtype), key.to(query.dtype).to(dtype), index).to(query.dtype)
+    return _neighbor_sums.products(rows, table, index).to(query.dtype)
 
 
 def cluster_av(attn: Tensor, value: Tensor, index: Tensor) -> Tensor:
@@ -142,11 +153,14 @@ def cluster_av(attn: Tensor, value: Tensor, index: Tensor) -> Tensor:
     batch, heads, queries, count = attn.shape
     _check_rows('value', value, '[B, H, M, C]', attn.device)
     check_shape('value', value, '[B, H, M, C]', (batch, heads, *value.shape[2:]))
-    _check_index('index', index, attn.device, (batch,), queries, '[B, N, K]')
+    _check_index('index', index, attn.device, batch, queries, '[B, N, K]')
     check_shape('index', index, '[B, N, K]', (batch, queries, count))
     dtype = compute_dtype(attn)
+    weights, table = attn.to(dtype), value.to(attn.dtype).to(dtype)
+    if use_native(attn.device):
+        return torch.ops.boltz_mm.neighbor_sums(weights, table, index).to(attn.dtype)
     _check_range('index', index, value.shape[2], 'values')
-    return _neighbor_sums.sums(attn.to(dtype), value.to(attn.dtype).to(dtype), index).to(attn.dtype)
+    return _neighbor_sums.sums(weights, table, index).to(attn.dtype)
 
 
 def _check_rows(name: str, tensor: Tensor, meaning: str, device: torch.device | None = None) -> None:
@@ -158,16 +172,16 @@ def _check_rows(name: str, tensor: Tensor, meaning: str, device: torch.device | 
 
 
 def _check_index(
-    name: str, index: Tensor, device: torch.device, batches: tuple[int, ...], queries: int, meaning: str
+    name: str, index: Tensor, device: torch.device, batch: int, queries: int, meaning: str, shared: bool = False
 ) -> None:
     if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f'{name} must be an int32 or int64 tensor, got {getattr(index, "dtype", type(index).__name__)}')
     if index.device != device:
         raise ValueError(f'{name} is on {index.device}, query on {device}')
-    if index.dim() != 3 or index.shape[0] not in batches or index.shape[1] != queries:
-        raise ValueError(
-            f'{name} must have shape {meaning} with B = {batches[-1]}, N = {queries}, got {list(index.shape)}'
-        )
+    good = index.dim() == 3 and index.shape[1] == queries
+    if not good or (index.shape[0] != batch and (index.shape[0] != 1 or not shared)):
+        sizes = f'B = {batch}, N = {queries}'
+        raise ValueError(f'{name} must have shape {meaning} with {sizes}, got {list(index.shape)}')
 
 
 def _check_range(name: str, index: Tensor, length: int, what: str) -> None:
@@ -198,11 +212,11 @@ def _check(
     check_shape('value', value, '[B, M, H, D]', (batch, keys, heads, depth))
     for name, pos, count in (('query_pos', query_pos, queries), ('key_pos', key_pos, keys)):
         check_float(name, pos, query.device)
-        if pos.dim() != 3 or pos.shape[0] not in (1, batch):
+        if pos.dim() != 3 or (pos.shape[0] != 1 and pos.shape[0] != batch):  # a tracer cannot tell with `in`
             raise ValueError(f'{name} must have shape [B, N, 2] with B = 1 or {batch}, got {list(pos.shape)}')
         check_shape(name, pos, '[B, N, 2]', (pos.shape[0], count, 2))
     if nearest is not None:
-        _check_index('nearest', nearest, query.device, (1, batch), queries, '[B, N, J]')
+        _check_index('nearest', nearest, query.device, batch, queries, '[B, N, J]', shared=True)
     if cluster_size < 1:
         raise ValueError(f'cluster_size must be at least 1, got {cluster_size}')
     if max_offset is not None and max_offset < 0:
@@ -235,7 +249,7 @@ def _check_parameters(
 
 def _member_index(nearest: Tensor, cluster_size: int, keys: int) -> tuple[Tensor, Tensor]:
     """Keys ``[B, N, J * m]`` in the clusters, 0 for a padded slot, and which slots are padded."""
-    _check_range('nearest', nearest, -(-keys // cluster_size), f'clusters of {cluster_size} in {keys} keys')
+    _check_range('nearest', nearest, -(-keys // cluster_size), 'clusters')
     members = nearest.long()[..., None] * cluster_size + torch.arange(cluster_size, device=nearest.device)
     members = members.flatten(2)
     padded = members >= keys
@@ -291,3 +305,82 @@ def _position_bias(offset: Tensor, weight: Tensor | None, bias: Tensor | None, b
         return None if bias is None else bias[:, None, None]
     offset = offset if bound is None else offset.clamp(-bound, bound)
     return torch.nn.functional.linear(offset_features(offset), weight, bias).permute(0, 3, 1, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- native ----
+
+
+def _fake_attention(query: Tensor, key: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, depth = query.shape
+    normalizer = query.new_empty((batch, queries, heads, 2), dtype=compute_dtype(query))
+    return query.new_empty(batch, queries, heads * depth), normalizer
+
+
+def _fake_attention_backward(
+    grad_output: Tensor,
+    normalizer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_pos: Tensor,
+    key_pos: Tensor,
+    nearest: Tensor | None,
+    cluster_size: int,
+    bias_weight: Tensor | None,
+    bias: Tensor | None,
+    blank_key: Tensor | None,
+    blank_value: Tensor | None,
+    scale: float,
+    max_offset: float,
+) -> tuple[Tensor, ...]:
+    parameters = (bias_weight, bias, blank_key, blank_value)
+    return (
+        *(query.new_empty(tensor.shape) for tensor in (query, key, value)),
+        *(normalizer.new_empty(0 if tensor is None else tensor.shape) for tensor in parameters),
+    )
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_attention(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    normalizer, *saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
+    if grad_output is None:
+        return (None,) * len(ctx.others)
+    left = iter(saved)
+    inputs = [next(left) if other is None else other[0] for other in ctx.others]
+    of_rows = torch.ops.boltz_mm.cluster_attention_backward(grad_output, normalizer, *inputs)
+    gradients = dict(zip((0, 1, 2, 7, 8, 9, 10), of_rows, strict=True))
+    return tuple(
+        gradients[place] if place in gradients and value is not None else None for place, value in enumerate(inputs)
+    )
+
+
+def _attention_flops(query: Any, key: Any, value: Any, query_pos: Any, key_pos: Any, *args: Any, **kwargs: Any) -> int:
+    """Two multiply-adds for each key, head and channel that a query sees."""
+    nearest, cluster_size = args[0], args[1]
+    batch, queries, heads, depth = query
+    slots = key[1] if nearest is None else nearest[2] * cluster_size
+    return 4 * batch * queries * heads * slots * depth
+
+
+def _attention_backward_flops(grad_output: Any, normalizer: Any, *args: Any, **kwargs: Any) -> int:
+    """The products again, those with the gradient, and three sums of weighted rows."""
+    return _attention_flops(*args) * 5 // 2
+
+
+if has_native_operators():
+    _registration.register(
+        'cluster_attention',
+        fake=_fake_attention,
+        setup_context=_setup_attention,
+        backward=_backward_attention,
+        flops=_attention_flops,
+    )
+    _registration.register_backward(
+        'cluster_attention_backward', fake=_fake_attention_backward, flops=_attention_backward_flops
+    )

@@ -142,9 +142,10 @@ inline void store(Float16* to, const Vector<float, N>& from) {
   for (int i = 0; i < N; ++i) to[i].bits = round_to_float16(numbers[i]);
 }
 
-// Sum of the lanes, in a fixed order.
+// Sum of the lanes, in a fixed order.  By value, so that a caller's sum in a loop needs no address and stays in a
+// register.
 template <int N, typename C>
-inline __attribute__((always_inline)) C sum_lanes(const Vector<C, N>& v) {
+inline __attribute__((always_inline)) C sum_lanes(const Vector<C, N> v) {
   if constexpr (N == 1) {
     return v;
   } else if constexpr (N == 2) {
@@ -154,6 +155,21 @@ inline __attribute__((always_inline)) C sum_lanes(const Vector<C, N>& v) {
     __builtin_memcpy(&low, &v, sizeof(low));
     __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
     return sum_lanes<N / 2, C>(low + high);
+  }
+}
+
+// The larger of the lanes; of those that are not NaN, unless NaN is among the first of its comparisons.
+template <int N, typename C>
+inline __attribute__((always_inline)) C max_lanes(const Vector<C, N> v) {
+  if constexpr (N == 1) {
+    return v;
+  } else if constexpr (N == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    Vector<C, N / 2> low, high;
+    __builtin_memcpy(&low, &v, sizeof(low));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+    return max_lanes<N / 2, C>(Vector<C, N / 2>(low > high ? low : high));
   }
 }
 
@@ -180,7 +196,11 @@ inline __attribute__((always_inline)) Vector<float, N> exp_negative(const Vector
 
 template <int N>
 inline __attribute__((always_inline)) Vector<double, N> exp_negative(const Vector<double, N>& x) {
-  Vector<double, N> result;
-  for (int i = 0; i < N; ++i) result[i] = __builtin_exp(x[i]);
-  return result;
+  if constexpr (N == 1) {
+    return __builtin_exp(x);
+  } else {
+    Vector<double, N> result;
+    for (int i = 0; i < N; ++i) result[i] = __builtin_exp(x[i]);
+    return result;
+  }
 }
