@@ -19,6 +19,8 @@ Canvas = tuple[int, int]
 # Among the nearest cells at most 8 are equally far: (1, 2) and its mirrors; farther ones only get more beyond the 20th.
 _MAX_NEIGHBORS = 9
 _MAX_TIE = 8
+# The nine nearest cells of a cell that is farther than this from all borders are the same everywhere.
+_FAR = 6
 
 _CACHE = SizeCache(maxsize=32)
 
@@ -128,8 +130,29 @@ def _make_grid_plan(canvas: Canvas, device: torch.device, k: int) -> GridPlan:
     candidates, distance = (t[0] for t in knn_points(grid, grid, extent, return_distance=True, canvas=canvas))
     ranks = torch.zeros_like(candidates)
     ranks[:, 1:] = (distance[:, 1:] > distance[:, :-1]).cumsum(dim=1)
-    tied = ranks[:, k] == ranks[:, k - 1] if extent > k else torch.zeros_like(ranks[:, 0], dtype=torch.bool)
-    return GridPlan(candidates[:, :k].contiguous(), candidates, ranks, tied.nonzero()[:, 0])
+    tied = _tied_cells(canvas, k).to(device)
+    return GridPlan(candidates[:, :k].contiguous(), candidates, ranks, tied)
+
+
+def _tied_cells(canvas: Canvas, k: int) -> Tensor:
+    """Cells with equally near cells on both sides of rank k, in ascending order; on the CPU.
+
+    Only the way to the border counts, so a small canvas tells them, and nothing is read back from a device.
+    """
+    height, width = (min(size, 2 * _FAR + 1) for size in canvas)
+    grid = grid_positions((height, width))
+    distance = (grid[:, None] - grid[None]).square().sum(dim=-1).sort(dim=1).values
+    if k == len(grid):
+        return torch.zeros(0, dtype=torch.long)
+    tied = (distance[:, k - 1] == distance[:, k]).view(height, width)
+    rows, columns = (_representatives(size) for size in canvas)
+    return tied[rows[:, None], columns].flatten().nonzero()[:, 0]
+
+
+def _representatives(size: int) -> Tensor:
+    """For each row (or column), the one of a small canvas that is as far from both borders, if that is not far."""
+    places = torch.arange(size)
+    return places.clamp(max=_FAR) + (places - max(size - 1 - _FAR, _FAR)).clamp(min=0)
 
 
 def grid_neighbors(tokens: Tensor, canvas: Canvas, k: int = 9, *, ordered: bool = False) -> Tensor:

@@ -12,7 +12,21 @@ from boltz_mm.models.layers.point_tables import (
     token_of_cell,
 )
 
-CANVASES = [(1, 1), (1, 12), (2, 3), (3, 3), (2, 9), (5, 7), (9, 16), (4, 30)]
+CANVASES = [
+    (1, 1),
+    (1, 12),
+    (2, 3),
+    (3, 3),
+    (2, 9),
+    (5, 7),
+    (9, 16),
+    (4, 30),
+    (1, 40),
+    (2, 25),
+    (3, 33),
+    (12, 13),
+    (14, 31),
+]
 
 
 def search(query: Tensor, points: Tensor, k: int) -> Tensor:
