@@ -21,6 +21,7 @@ from mmdet.structures.mask import mask2bbox
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
+from boltz_mm.models.heads.point_mask2former_head import upsample_masks
 from boltz_mm.registry import MODELS
 
 
@@ -45,6 +46,19 @@ def semantic_inference(mask_cls: Tensor, mask_pred: Tensor) -> Tensor:
     return torch.einsum('...qk,...qhw->...khw', mask_cls.softmax(dim=-1)[..., :-1], mask_pred.sigmoid())
 
 
+def _kept_queries(mask_cls: Tensor, object_mask_thr: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Score and class of each query, and whether a panoptic result looks at it; each ``[Q]``."""
+    scores, classes = mask_cls.softmax(dim=-1).max(dim=-1)
+    return scores, classes, (classes != mask_cls.shape[-1] - 1) & (scores > object_mask_thr)
+
+
+def _best_pairs(mask_cls: Tensor, max_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability, class and query of the best pairs of a query and a class, best first; each ``[n]``."""
+    probabilities = mask_cls.softmax(dim=-1)[:, :-1]
+    scores, best = probabilities.flatten().topk(min(max_per_image, probabilities.numel()))
+    return scores, best % probabilities.shape[1], best // probabilities.shape[1]
+
+
 def panoptic_inference(
     mask_cls: Tensor,
     mask_pred: Tensor,
@@ -65,8 +79,7 @@ def panoptic_inference(
         Numbers of segments int32 ``[H, W]``, 0 for none, and the segments in ascending order, counted from 1 in the
         order of their queries.
     """
-    scores, classes = mask_cls.softmax(dim=-1).max(dim=-1)
-    keep = (classes != mask_cls.shape[-1] - 1) & (scores > object_mask_thr)
+    scores, classes, keep = _kept_queries(mask_cls, object_mask_thr)
     scores, classes, masks = scores[keep], classes[keep], mask_pred[keep].sigmoid()
     if not len(masks):
         return mask_pred.new_zeros(mask_pred.shape[-2:], dtype=torch.int32), []
@@ -111,10 +124,7 @@ def instance_inference(
         ``labels``, ``scores`` (class probability times mean mask probability inside the mask), bool ``masks``
         ``[n, H, W]`` and ``bboxes`` (x1, y1, x2, y2) around them, by descending class probability.
     """
-    probabilities = mask_cls.softmax(dim=-1)[:, :-1]
-    num_classes = probabilities.shape[1]
-    scores, best = probabilities.flatten().topk(min(max_per_image, probabilities.numel()))
-    labels, queries = best % num_classes, best // num_classes
+    scores, labels, queries = _best_pairs(mask_cls, max_per_image)
     if things is not None:
         keep = torch.isin(labels, torch.tensor(sorted(things), device=labels.device, dtype=labels.dtype))
         scores, labels, queries = scores[keep], labels[keep], queries[keep]
@@ -215,8 +225,8 @@ class PointMaskFusionHead(MaskFormerFusionHead):
 
         Args:
             mask_cls_results: Class logits ``[B, Q, K + 1]``.
-            mask_pred_results: Mask logits in the size of the padded images ``[B, Q, H, W]``.
-            batch_data_samples: Their ``img_shape`` and ``ori_shape`` are read.
+            mask_pred_results: Mask logits ``[B, Q, H, W]`` in the size of the padded images or of the stride-4 grid.
+            batch_data_samples: Their ``img_shape`` is read, and ``ori_shape`` and ``batch_input_shape`` where needed.
             rescale: Bring results to the original size.
             **kwargs: Ignored, part of mmdet's interface.
 
@@ -230,11 +240,39 @@ class PointMaskFusionHead(MaskFormerFusionHead):
         }
         results = []
         for classes, masks, sample in zip(mask_cls_results, mask_pred_results, batch_data_samples, strict=True):
-            meta = sample.metainfo
-            height, width = meta['img_shape'][:2]
-            masks = masks[:, :height, :width]
-            if rescale:
-                size = tuple(meta['ori_shape'][:2])
-                masks = F.interpolate(masks[None], size=size, mode='bilinear', align_corners=False)[0]
-            results.append({name: task(classes, masks) for name, (on, task) in tasks.items() if on})
+            # The other queries cannot be part of a result: their masks need not be enlarged.
+            rows = self.needed_queries(classes)
+            masks = self._resize(masks[rows], sample.metainfo, rescale)
+            results.append({name: task(classes[rows], masks) for name, (on, task) in tasks.items() if on})
         return results
+
+    def needed_queries(self, mask_cls: Tensor) -> Tensor:
+        """Queries whose masks the results that are on may look at.
+
+        Args:
+            mask_cls: Class logits of one image ``[Q, K + 1]``.
+
+        Returns:
+            Indexes, ascending, at least one.
+        """
+        needed = mask_cls.new_zeros(len(mask_cls), dtype=torch.bool)
+        if self.test_cfg.get('semantic_on', False):
+            needed[:] = True
+        if self.test_cfg.get('panoptic_on', True):
+            needed |= _kept_queries(mask_cls, self.test_cfg.get('object_mask_thr', 0.8))[2]
+        if self.test_cfg.get('instance_on', False):
+            needed[_best_pairs(mask_cls, self.test_cfg.get('max_per_image', 100))[2]] = True
+        rows = needed.nonzero()[:, 0]
+        return rows if len(rows) else rows.new_zeros(1)
+
+    @staticmethod
+    def _resize(masks: Tensor, meta: dict, rescale: bool) -> Tensor:
+        """Masks ``[q, H, W]`` of the padded image or its grid, in the size of the image or of the original one."""
+        masks, (height, width) = masks[None], meta['img_shape'][:2]
+        padded = tuple(meta.get('batch_input_shape', masks.shape[-2:]))
+        if tuple(masks.shape[-2:]) != padded:
+            masks = upsample_masks(masks, padded)
+        masks = masks[..., :height, :width]
+        if rescale:
+            masks = F.interpolate(masks, size=tuple(meta['ori_shape'][:2]), mode='bilinear', align_corners=False)
+        return masks[0]

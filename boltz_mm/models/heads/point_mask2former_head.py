@@ -80,6 +80,8 @@ class PointMask2FormerHead(MaskFormerHead):
         loss_dice: The same.
         per_image: Embed the positions of each image on its own, so that a result does not depend on the other images
             of the batch; officially it does, see :class:`PointSineEncoding`.
+        upsample: Predict masks in the size of the images, as mmdet's fusion heads expect.  ``False`` hands on those of
+            the stride-4 grid; :class:`PointMaskFusionHead` then enlarges the few that it needs, which gives the same.
         train_cfg: May hold ``assigner``, ``num_points``, ``oversample_ratio``, ``importance_sample_ratio``.
         test_cfg: Kept for mmdet; the fusion head reads it.
         init_cfg: Initialisation of mmengine.  Without it parameters start as in the official code.
@@ -99,6 +101,7 @@ class PointMask2FormerHead(MaskFormerHead):
         loss_mask: dict | None = None,
         loss_dice: dict | None = None,
         per_image: bool = False,
+        upsample: bool = True,
         train_cfg: dict | None = None,
         test_cfg: dict | None = None,
         init_cfg: dict | list[dict] | None = None,
@@ -109,6 +112,7 @@ class PointMask2FormerHead(MaskFormerHead):
         self.num_stuff_classes = num_stuff_classes
         self.num_classes = num_things_classes + num_stuff_classes
         self.num_queries = num_queries
+        self.upsample = upsample
         self.train_cfg = train_cfg
         self.test_cfg = test_cfg
         self.pixel_decoder = MODELS.build(
@@ -209,7 +213,7 @@ class PointMask2FormerHead(MaskFormerHead):
         return self.criterion(all_cls_scores, all_mask_preds, batch_gt_instances)
 
     def predict(self, x: Sequence[PointFeature], batch_data_samples: SampleList) -> tuple[Tensor, Tensor]:
-        """The last prediction, its masks in the size of the padded images.
+        """The last prediction, its masks in the size of the padded images (unless ``upsample`` is off).
 
         Args:
             x: Levels of the backbone, finest first.
@@ -219,4 +223,6 @@ class PointMask2FormerHead(MaskFormerHead):
             Class logits ``[B, Q, K + 1]`` and mask logits ``[B, Q, H, W]``.
         """
         [classes], [masks] = self(x, batch_data_samples, last_only=True)
-        return classes, upsample_masks(masks, batch_data_samples[0].metainfo['batch_input_shape'])
+        if self.upsample:
+            masks = upsample_masks(masks, batch_data_samples[0].metainfo['batch_input_shape'])
+        return classes, masks

@@ -21,6 +21,8 @@ model = dict(
         num_queries=100,
         # The exponent of the squared distance in the interpolation; learned.
         pixel_decoder=dict(power=3.0, learnable_power=True),
+        # The fusion head enlarges the masks that it needs.
+        upsample=False,
     ),
     panoptic_fusion_head=dict(
         type='boltz_mm.PointMaskFusionHead',

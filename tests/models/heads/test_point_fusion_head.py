@@ -12,6 +12,9 @@ from boltz_mm.models.heads.point_fusion_head import (
     panoptic_inference,
     semantic_inference,
 )
+from boltz_mm.models.heads.point_mask2former_head import upsample_masks
+
+META = dict(img_shape=(30, 32), ori_shape=(15, 16), batch_input_shape=(32, 32))
 
 
 def certain(*labels: int, num_classes: int = 4, logit: float = 8.0) -> Tensor:
@@ -128,3 +131,35 @@ def test_results_have_the_size_asked_for() -> None:
         assert set(result['ins_results'].labels.tolist()) == {0}
     only_semantic = PointMaskFusionHead(1, 2, dict(panoptic_on=False, semantic_on=True))
     assert set(only_semantic.predict(classes, masks, [sample])[0]) == {'sem_results'}
+
+
+@pytest.mark.parametrize('tasks', [('panoptic_on',), ('instance_on',), ('panoptic_on', 'instance_on', 'semantic_on')])
+def test_masks_of_the_grid_give_the_same(tasks: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    cfg = {name: name in tasks for name in ('panoptic_on', 'instance_on', 'semantic_on')}
+    head = PointMaskFusionHead(2, 2, {**cfg, 'object_mask_thr': 0.5, 'iou_thr': 0.1, 'max_per_image': 4})
+    meta = dict(img_shape=(27, 30), ori_shape=(50, 60), batch_input_shape=(32, 32))
+    classes, masks = torch.randn(1, 9, 5) * 3, torch.randn(1, 9, 8, 8)
+    assert len(head.needed_queries(classes[0])) < 9 or cfg['semantic_on']
+    sample = DetDataSample(metainfo=meta)
+    [small] = head.predict(classes, masks, [sample], rescale=True)
+    full = torch.nn.functional.interpolate(
+        upsample_masks(masks, (32, 32))[..., :27, :30], size=(50, 60), mode='bilinear', align_corners=False
+    )
+    if cfg['panoptic_on']:
+        expected = head.panoptic_postprocess(classes[0], full[0])
+        assert torch.equal(small['pan_results'].segment_ids, expected.segment_ids)
+    if cfg['instance_on']:
+        expected = head.instance_postprocess(classes[0], full[0])
+        assert torch.equal(small['ins_results'].masks, expected.masks)
+        assert torch.equal(small['ins_results'].labels, expected.labels)
+        torch.testing.assert_close(small['ins_results'].scores, expected.scores)
+    if cfg['semantic_on']:
+        expected = head.semantic_postprocess(classes[0], full[0])
+        torch.testing.assert_close(small['sem_results'].logits, expected.logits)
+
+
+def test_no_query_is_good_enough() -> None:
+    head = PointMaskFusionHead(2, 2)
+    [result] = head.predict(certain(4, 4)[None], torch.randn(1, 2, 8, 8), [DetDataSample(metainfo=META)])
+    assert result['pan_results'].sem_seg.unique().tolist() == [4]
