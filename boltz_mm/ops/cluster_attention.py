@@ -88,7 +88,7 @@ def cluster_attention(
     bias_weight, bias, blank_key, blank_value = (
         None if tensor is None else tensor.to(dtype) for tensor in (bias_weight, bias, blank_key, blank_value)
     )
-    if use_native(query.device):
+    if _has_kernel(query.device) and use_native(query.device):
         bound = math.inf if max_offset is None else float(max_offset)
         inputs = query, key, value, query_pos, key_pos, nearest, cluster_size, bias_weight, bias, blank_key, blank_value
         return torch.ops.boltz_mm.cluster_attention(*inputs, float(scale), bound)[0]
@@ -124,7 +124,7 @@ def cluster_qk(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     _check_index('index', index, query.device, batch, queries, '[B, N, K]')
     dtype = compute_dtype(query)
     rows, table = query.to(dtype), key.to(query.dtype).to(dtype)
-    if use_native(query.device):
+    if _has_kernel(query.device) and use_native(query.device):
         return torch.ops.boltz_mm.neighbor_products(rows, table, index).to(query.dtype)
     _check_range('index', index, key.shape[2], 'keys')
     return _neighbor_sums.products(rows, table, index).to(query.dtype)
@@ -157,7 +157,7 @@ def cluster_av(attn: Tensor, value: Tensor, index: Tensor) -> Tensor:
     check_shape('index', index, '[B, N, K]', (batch, queries, count))
     dtype = compute_dtype(attn)
     weights, table = attn.to(dtype), value.to(attn.dtype).to(dtype)
-    if use_native(attn.device):
+    if _has_kernel(attn.device) and use_native(attn.device):
         return torch.ops.boltz_mm.neighbor_sums(weights, table, index).to(attn.dtype)
     _check_range('index', index, value.shape[2], 'values')
     return _neighbor_sums.sums(weights, table, index).to(attn.dtype)
@@ -242,6 +242,11 @@ def _check_parameters(
         if tensor is not None:
             check_float(name, tensor, query.device)
             check_shape(name, tensor, meaning, shape)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """There is none for CUDA so far, where the reference runs whatever was chosen."""
+    return device.type != 'cuda'
 
 
 # ------------------------------------------------------------------------------------------------------ reference ----

@@ -216,8 +216,54 @@ def cluster_cases(sides: Sequence[int], device: str, dtype: torch.dtype) -> Iter
             )
 
 
+# Side of the canvas, share of its tokens, heads, channels of a head, clusters seen, and tokens of a cluster: the stages
+# of Tiny at 224 pixels (the last sees everything), other head widths, Base at 384 pixels, and 512 and 1024 pixels.
+ATTENTIONS = (
+    (56, 1, 2, 32, 6, 8), (56, 1 / 4, 4, 32, 6, 8), (56, 1 / 16, 8, 32, 6, 8), (56, 1 / 64, 16, 32, None, 8),
+    (56, 1, 2, 24, 6, 8), (56, 1, 2, 16, 6, 8), (96, 1, 4, 32, 6, 24), (128, 1, 2, 32, 6, 8), (256, 1, 2, 32, 6, 8),
+)  # fmt: skip
+
+
+def attention_cases(
+    sizes: Sequence[tuple[int, float, int, int, int | None, int]], device: str, dtype: torch.dtype
+) -> Iterator[Case]:
+    """One cluster attention; keys and values are parts of one tensor, as the model has them."""
+    for side, share, heads, depth, seen, size in sizes:
+        pos = grid(side, side) if share == 1 else adaptive(side, side, share)
+        near = None
+        if seen is not None:
+            clusters = ops.space_filling_clusters(pos, size, (side, side))
+            pos, near = clusters.pos, ops.nearest_clusters(clusters.pos, clusters.means, seen).to(device)
+        count = pos.shape[1]
+        query, both = torch.randn(1, count, heads, depth), torch.randn(1, count, heads, 2, depth)
+        parameters = [torch.randn(heads, last).to(device) for last in (5, depth, depth)]
+        places = {'query_pos': pos.to(device), 'key_pos': pos.to(device), 'nearest': near}
+        others = places | {'cluster_size': 1 if near is None else size, 'scale': depth**-0.5}
+
+        def attend(
+            function: Callable[..., Tensor], q: Tensor, kv: Tensor, *rest: Tensor, others: dict[str, Any] = others
+        ) -> Tensor:
+            named = dict(zip(('bias_weight', 'blank_key', 'blank_value'), rest, strict=True))
+            return function(q, kv[..., 0, :], kv[..., 1, :], **named, **others)
+
+        def reference(*args: Tensor, attend: Callable[..., Tensor] = attend) -> Tensor:
+            with ops.use_backend('reference'):
+                return attend(ops.cluster_attention, *args)
+
+        yield Case(
+            'cluster_attention',
+            f'{count} {heads}x{depth} ' + ('all' if near is None else f'{seen}x{size}'),
+            partial(attend, ops.cluster_attention),
+            {'embedding bags': reference},
+            [query.to(device, dtype), both.to(device, dtype), *parameters],
+        )
+
+
 OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     'box_attention': lambda quick, **kwargs: box_cases(**kwargs),
+    'cluster_attention': lambda quick, levels, **kwargs: attention_cases(
+        ((16, 1, 2, 8, 3, 8), (16, 1 / 4, 2, 8, None, 8)) if quick else ATTENTIONS, **kwargs
+    ),
     'deform_attention': lambda quick, **kwargs: deform_cases(**kwargs),
     'instance_attention': lambda quick, **kwargs: instance_cases(queries=20 if quick else 300, **kwargs),
     'knn_points': lambda quick, levels, **kwargs: neighbor_cases(QUICK_SIDES if quick else SIDES, **kwargs),
