@@ -25,6 +25,7 @@ class PointSineEncoding(nn.Module):
         num_feats: Channels of one axis, even; the embedding has twice as many.
         temperature: Ratio of the longest to the shortest wave length.
         per_image: Take the maximum of each image instead of the batch's (the official one is the batch's).
+        normalize: Scale positions to 0..2 pi as above; officially always on.  Otherwise ``v' = v``.
 
     Raises:
         ValueError: ``num_feats`` is odd or not positive.
@@ -34,13 +35,16 @@ class PointSineEncoding(nn.Module):
         torch.Size([2, 60, 16])
     """
 
-    def __init__(self, num_feats: int, temperature: float = 10000.0, per_image: bool = False) -> None:
+    def __init__(
+        self, num_feats: int, temperature: float = 10000.0, per_image: bool = False, normalize: bool = True
+    ) -> None:
         super().__init__()
         if num_feats < 2 or num_feats % 2:
             raise ValueError(f'num_feats must be even and positive, got {num_feats}')
         self.num_feats = num_feats
         self.temperature = temperature
         self.per_image = per_image
+        self.normalize = normalize
 
     def forward(self, pos: Tensor) -> Tensor:
         """Embed the tokens of one level.
@@ -51,9 +55,11 @@ class PointSineEncoding(nn.Module):
         Returns:
             ``[B, N, 2 * num_feats]`` in the type of ``pos``.
         """
-        # amax, not max: it needs no index and no number leaves the device.
-        farthest = pos.amax(dim=1, keepdim=True) if self.per_image else pos.amax(dim=(0, 1), keepdim=True)
-        scaled = pos / (farthest + 1e-6) * (2 * math.pi)
+        scaled = pos
+        if self.normalize:
+            # amax, not max: it needs no index and no number leaves the device.
+            farthest = pos.amax(dim=1, keepdim=True) if self.per_image else pos.amax(dim=(0, 1), keepdim=True)
+            scaled = pos / (farthest + 1e-6) * (2 * math.pi)
         exponents = torch.arange(0, self.num_feats, 2, dtype=pos.dtype, device=pos.device) / self.num_feats
         angles = scaled.unsqueeze(-1) / self.temperature**exponents  # [B, N, 2, num_feats / 2]
         return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(-2)

@@ -133,7 +133,7 @@ class PointSampledSetLoss(nn.Module):
         labels = [t.labels for t in targets]
         self._check_labels(labels)
         dtype = torch.promote_types(all_masks[-1].dtype, torch.float32)
-        masks = [t.masks.to(dtype) for t in targets]
+        masks = [t.masks for t in targets]
         # All objects count, those too that no query is left for.
         count = all_masks[-1].new_tensor([sum(len(x) for x in labels)], dtype=dtype)
         num_masks = reduce_mean(count).clamp(min=1)
@@ -166,7 +166,7 @@ class PointSampledSetLoss(nn.Module):
             classes: Class logits ``[B, Q, K + 1]``.
             logits: Mask logits ``[B, Q, h, w]``.
             labels: Labels of each image ``[n]``.
-            masks: Masks of each image, floating point ``[n, H, W]``.
+            masks: Masks of each image, of any type, ``[n, H, W]``.
 
         Returns:
             A match for each image.
@@ -177,8 +177,10 @@ class PointSampledSetLoss(nn.Module):
         """Cost ``[Q, n]`` of matching the queries of one image to its objects; draws its points."""
         points = self.rand((1, self.num_points, 2), device=logits.device).to(logits.dtype)
         # Masks as channels: the points are common to all of them.
-        logits, values = (point_sample(m[None], points)[0] if len(m) else m.new_zeros(0, self.num_points)
-                          for m in (logits, masks))  # fmt: skip
+        logits, values = (
+            point_sample(m[None].to(points), points)[0] if len(m) else points.new_zeros(0, self.num_points)
+            for m in (logits, masks)
+        )
         return self.assigner.cost(InstanceData(scores=classes, masks=logits), InstanceData(labels=labels, masks=values))
 
     def compute(
@@ -219,7 +221,7 @@ class PointSampledSetLoss(nn.Module):
         with torch.no_grad():
             chunks = points.split([len(queries) for queries, _ in matches])
             values = [
-                point_sample(own[objects][:, None], part)[:, 0]
+                point_sample(own[objects][:, None].to(part), part)[:, 0]
                 for own, (_, objects), part in zip(masks, matches, chunks, strict=True)
                 if len(objects)
             ]

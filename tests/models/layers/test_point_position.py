@@ -16,6 +16,12 @@ def test_formula() -> None:
     torch.testing.assert_close(embedded, torch.tensor(expected))
 
 
+def test_unnormalised() -> None:
+    embedded = PointSineEncoding(2, normalize=False)(torch.tensor([[[3.0, 5.0], [12.0, 0.0]]]))
+    expected = [math.sin(3), math.cos(3), math.sin(5), math.cos(5)]
+    torch.testing.assert_close(embedded[0, 0], torch.tensor(expected))
+
+
 @pytest.mark.parametrize('per_image', [False, True])
 def test_company_counts_unless_told_otherwise(per_image: bool) -> None:
     pos = torch.stack([torch.arange(6.0).view(3, 2), 4 * torch.arange(6.0).view(3, 2)])
