@@ -70,10 +70,11 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
   // AutoFocusFormer: B images, N points, M rows of feat, K (or J clusters of) neighbours, I inner channels, C channels.
   //   feat [B, M, C] any dtype;  weights [B, N, K, I], importance [B, M], weight [I, 5], bias and norms [I], positions
   //   [B or 1, N or M, 2] in the compute dtype;  index [B or 1, N, K], nearest [B or 1, N, J] int32 or int64
-  //   outputs [B, N, I, C];  grad_parameters [I, 8] = weight, bias, norm_weight, norm_bias
+  //   outputs [B, N, I, C];  grad_parameters [I, 8] = weight, bias, norm_weight, norm_bias;  order
+  //   [B or 1, N * K or J] int64, the places in index or nearest sorted by what stands there: for CUDA alone
   library.def("cluster_wf(Tensor weights, Tensor feat, Tensor index) -> Tensor");
   library.def(
-      "cluster_wf_backward(Tensor grad_output, Tensor weights, Tensor feat, Tensor index) -> "
+      "cluster_wf_backward(Tensor grad_output, Tensor weights, Tensor feat, Tensor index, Tensor? order) -> "
       "(Tensor grad_weights, Tensor grad_feat)");
   library.def(
       "point_merge(Tensor feat, Tensor query_pos, Tensor key_pos, Tensor nearest, SymInt cluster_size, "
@@ -82,7 +83,7 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
   library.def(
       "point_merge_backward(Tensor grad_output, Tensor feat, Tensor query_pos, Tensor key_pos, Tensor nearest, "
       "SymInt cluster_size, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, float eps, "
-      "Tensor? importance, int sign, float? max_offset) -> "
+      "Tensor? importance, int sign, float? max_offset, Tensor? order) -> "
       "(Tensor grad_feat, Tensor grad_parameters, Tensor grad_importance)");
 
   // Sampling between points: S tokens of all levels, N queries, K neighbours, a canvas of height x width cells.

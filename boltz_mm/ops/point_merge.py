@@ -375,7 +375,14 @@ def _fake_sum(weights: Tensor, feat: Tensor, index: Tensor) -> Tensor:
     return feat.new_empty(batch, points, inner, feat.shape[2])
 
 
-def _fake_sum_backward(grad_output: Tensor, weights: Tensor, feat: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _order(clusters: Tensor) -> Tensor | None:
+    """The places in ``clusters [B, N, J]`` sorted by their cluster, ``[B, N * J]``: what the CUDA kernels ask for."""
+    return clusters.flatten(1).argsort(stable=True) if clusters.device.type == 'cuda' else None
+
+
+def _fake_sum_backward(
+    grad_output: Tensor, weights: Tensor, feat: Tensor, index: Tensor, order: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return weights.new_empty(weights.shape), feat.new_empty(feat.shape)
 
 
@@ -384,7 +391,8 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_sum(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_weights, grad_feat = torch.ops.boltz_mm.cluster_wf_backward(grad_output, *ctx.saved_tensors)
+    weights, feat, index = ctx.saved_tensors
+    grad_weights, grad_feat = torch.ops.boltz_mm.cluster_wf_backward(grad_output, weights, feat, index, _order(index))
     return grad_weights, grad_feat, None
 
 
@@ -432,6 +440,7 @@ def _backward_merge(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         importance,
         ctx.sign,
         ctx.max_offset,
+        _order(nearest),
     )
     of_parameters = (parameters[:, :5], *parameters[:, 5:].unbind(1))
     grad_importance = None if importance is None else grad_importance

@@ -195,7 +195,8 @@ Tensor cluster_wf(Tensor weights, Tensor feat, Tensor index) {
   return call.forward();
 }
 
-std::tuple<Tensor, Tensor> cluster_wf_backward(Tensor grad_output, Tensor weights, Tensor feat, Tensor index) {
+std::tuple<Tensor, Tensor> cluster_wf_backward(Tensor grad_output, Tensor weights, Tensor feat, Tensor index,
+                                               OptionalTensor /* order */) {
   MergeCall call(feat, index, 1, inner_of(weights));
   set_weights(call, weights);
   call.upstream(grad_output);
@@ -248,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor> point_merge_backward(Tensor grad_output, Tens
                                                         Tensor key_pos, Tensor nearest, int64_t cluster_size,
                                                         Tensor weight, Tensor bias, Tensor norm_weight,
                                                         Tensor norm_bias, double eps, OptionalTensor importance,
-                                                        int64_t sign, std::optional<double> max_offset) {
+                                                        int64_t sign, std::optional<double> max_offset,
+                                                        OptionalTensor /* order */) {
   const OffsetWeights from{query_pos, key_pos, weight, bias, norm_weight, norm_bias, eps, importance, sign, max_offset};
   MergeCall call(feat, nearest, cluster_size, inner_of(from));
   set_offset_weights(call, from);

@@ -44,7 +44,9 @@ def test_opcheck(kind: str, dtype: torch.dtype, requires_grad: bool) -> None:
     torch.library.opcheck(operator.default, arguments, test_utils=CHECKS)
     if not requires_grad:
         backward = getattr(torch.ops.boltz_mm, f'{operator.__name__}_backward')
-        torch.library.opcheck(backward.default, (torch.ones_like(operator(*arguments)), *arguments), test_utils=CHECKS)
+        torch.library.opcheck(
+            backward.default, (torch.ones_like(operator(*arguments)), *arguments, None), test_utils=CHECKS
+        )
 
 
 @pytest.mark.parametrize('kind', KINDS)
