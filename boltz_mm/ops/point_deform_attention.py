@@ -29,11 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from boltz_mm.ops import _registration
+from boltz_mm.ops import _deterministic, _registration
 from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import check_float, check_shape, check_value, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum
-from boltz_mm.ops.point_interpolate import Power, as_power, bags, check_power, inverse_distance_weights
+from boltz_mm.ops.point_interpolate import (
+    Power,
+    as_power,
+    bags,
+    check_power,
+    inverse_distance_weights,
+    sum_in_order,
+)
 
 
 def point_deform_attention(
@@ -100,32 +107,53 @@ def reference_point_deform_attention(
     power: Power,
 ) -> Tensor:
     """:func:`point_deform_attention` in plain PyTorch, with ``embedding_bag``; the same arguments, already checked."""
-    batch, queries, heads, levels, points, _ = offsets.shape
+    batch, queries, heads = offsets.shape[:3]
     tokens, depth = value.shape[1], value.shape[3]
-    neighbours = tables.shape[3]
     sizes = torch.tensor(level_sizes, device=value.device, dtype=torch.int64)
     _check_tables(tables, sizes)
     if offsets.numel() == 0 or value.numel() == 0:
         nothing = empty_sum(value, offsets, logits, *([power] if isinstance(power, Tensor) else []))
         return nothing.to(value.dtype).expand(batch, queries, heads * depth)
+    rows, weights = _weighted_rows(heads, tokens, positions, sizes, tables, canvas, query_pos, offsets, logits, power)
+    return bags(value.reshape(-1, depth), rows, weights).reshape(batch, queries, heads * depth)
+
+
+def _weighted_rows(
+    heads: int,
+    tokens: int,
+    positions: Tensor,
+    sizes: Tensor,
+    tables: Tensor,
+    canvas: tuple[int, int],
+    query_pos: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    power: Power,
+) -> tuple[Tensor, Tensor]:
+    """Rows of ``value`` as ``[B * S * H, D]`` that each output adds up, and their weights: ``[B, N, H, L * P * K]``."""
+    batch, _, _, levels, _, _ = offsets.shape
     at = query_pos[:, :, None, None, None] + offsets
     finite = at.isfinite().all(-1)
     at = torch.where(finite[..., None], at, 0)
     with torch.no_grad():
         column = at[..., 0].round().clamp(0, canvas[1] - 1).long()
         row = at[..., 1].round().clamp(0, canvas[0] - 1).long()
-        level = torch.arange(levels, device=value.device)[:, None]
-        image = torch.arange(batch, device=value.device)[:, None, None, None, None]
+        level = torch.arange(levels, device=at.device)[:, None]
+        image = torch.arange(batch, device=at.device)[:, None, None, None, None]
         entry = (image * levels + level) * (canvas[0] * canvas[1]) + row * canvas[1] + column
-        starts = sizes.cumsum(0) - sizes
-        token = tables.reshape(-1, neighbours)[entry].long() + starts[:, None, None]
-        near = positions.flatten(0, 1)[token + image[..., None] * tokens]
-        head = torch.arange(heads, device=value.device)[:, None, None, None]
-        rows = (token + image[..., None] * tokens) * heads + head
+        number = tables.reshape(-1, tables.shape[3])[entry].long()
+        sizes = sizes[:, None, None]
+        inside = (number >= 0) & (number < sizes) if number.device.type != 'cpu' else None  # there they were looked at
+        if inside is not None:
+            number = torch.where(inside, number, 0)
+        token = number + (sizes.cumsum(0) - sizes) + image[..., None] * tokens
+        near = positions.flatten(0, 1)[token]
+        if inside is not None:
+            near = torch.where(inside[..., None], near, torch.inf)
+        rows = token * heads + torch.arange(heads, device=at.device)[:, None, None, None]
     shares = inverse_distance_weights(at, near, power) * finite[..., None]
     attention = logits.flatten(3).softmax(-1).view(logits.shape)
-    weights = (attention[..., None] * shares).flatten(3)
-    return bags(value.reshape(-1, depth), rows.flatten(3), weights).reshape(batch, queries, heads * depth)
+    return rows.flatten(3), (attention[..., None] * shares).flatten(3)
 
 
 def _check_tables(tables: Tensor, sizes: Tensor) -> None:
@@ -212,10 +240,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, positions, tables, query_pos, offsets, logits, power = ctx.saved_tensors
     value_needed, power_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[9]
+    sorts = value_needed and _deterministic.needed(value)
     grad_value, grad_offsets, grad_logits, grad_power = torch.ops.boltz_mm.point_deform_attention_backward(
         grad_output, value, positions, ctx.level_sizes, tables, ctx.height, ctx.width, query_pos, offsets, logits,
-        power, value_needed, power_needed,
+        power, value_needed and not sorts, power_needed,
     )  # fmt: skip
+    if sorts:
+        sizes = torch.tensor(ctx.level_sizes, device=value.device, dtype=torch.int64)
+        heads, tokens, canvas = value.shape[2], value.shape[1], (ctx.height, ctx.width)
+
+        def part(chosen: slice) -> tuple[Tensor, Tensor]:
+            places = query_pos[:, chosen], offsets[:, chosen], logits[:, chosen], power
+            return _weighted_rows(heads, tokens, positions, sizes, tables, canvas, *places)
+
+        grad_value = sum_in_order(
+            value, grad_output.unflatten(-1, value.shape[2:]), part, tables.shape[3] * logits.shape[3:].numel()
+        )
     return (
         grad_value if value_needed else None, None, None, None, None, None,
         grad_offsets.sum((2, 3, 4)) if ctx.needs_input_grad[6] else None,

@@ -13,19 +13,21 @@ weigh 0 (official 0 / 0), and a neighbour at distance 0 or with ``d^P`` beyond t
 for every power (official 0 * Inf for powers below 1).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from boltz_mm.ops import _registration
+from boltz_mm.ops import _deterministic, _registration
 from boltz_mm.ops._backend import has_native_operators, use_native
 from boltz_mm.ops._checks import check_float, check_shape, compute_dtype
 from boltz_mm.ops.deform_attention import empty_sum
 from boltz_mm.ops.point_merge import weighted_gather
 
 EPSILON = 1e-11  # of u; the official code writes 10e-12
+_ELEMENTS = 1 << 26  # of what sum_in_order holds at a time
 Power = Tensor | float
 
 
@@ -209,6 +211,32 @@ def bags(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return sums.to(table.dtype).view(shape)
 
 
+def sum_in_order(
+    value: Tensor, grad_output: Tensor, part: Callable[[slice], tuple[Tensor, Tensor]], terms: int
+) -> Tensor:
+    """The gradient of ``value``, added up by ``index_add_``, which sorts where deterministic algorithms are asked for.
+
+    Args:
+        value: ``[B, ..., C]``; its numbers do not matter.
+        grad_output: ``[B, N, ..., C]``.
+        part: Takes some of the N queries; gives the rows of ``value`` as ``[R, C]`` that their outputs add up and the
+            weights, each ``[B, n, ..., terms]``.
+        terms: See above.
+
+    Returns:
+        A tensor like ``value``.
+    """
+    channels = value.shape[-1]
+    sums = value.new_zeros(value.numel() // max(1, channels), channels, dtype=compute_dtype(value))
+    step = max(1, _ELEMENTS // max(1, grad_output[:, :1].numel() * terms))
+    for first in range(0, grad_output.shape[1], step):
+        chosen = slice(first, first + step)
+        rows, weights = part(chosen)
+        added = weights[..., None] * grad_output[:, chosen, ..., None, :].to(sums.dtype)
+        sums.index_add_(0, rows.flatten(), added.flatten(0, -2))
+    return sums.view(value.shape).to(value.dtype)
+
+
 def check_points(name: str, tensor: Tensor) -> None:
     """Require a floating-point tensor ``[B, M, C]``."""
     if not isinstance(tensor, Tensor):
@@ -258,10 +286,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    feat, pos, query_pos, index, power = saved
     feat_needed, power_needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    sorts = feat_needed and _deterministic.needed(feat)
     grad_feat, grad_power = torch.ops.boltz_mm.inverse_distance_interpolate_backward(
-        grad_output, *ctx.saved_tensors, feat_needed, power_needed
+        grad_output, *saved, feat_needed and not sorts, power_needed
     )
+    if sorts:
+        image = torch.arange(len(feat), device=feat.device)[:, None, None]
+
+        def part(chosen: slice) -> tuple[Tensor, Tensor]:
+            rows = index[:, chosen].long() + image * feat.shape[1]
+            return rows, inverse_distance_weights(query_pos[:, chosen], pos.flatten(0, 1)[rows], power)
+
+        grad_feat = sum_in_order(feat, grad_output, part, index.shape[2])
     return grad_feat if feat_needed else None, None, None, None, grad_power if power_needed else None
 
 

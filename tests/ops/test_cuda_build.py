@@ -18,7 +18,10 @@ from tests.ops.emulator import compiler
 ROOT = Path(__file__).resolve().parents[2]
 OPERATORS = [
     f'{name}{suffix}'
-    for name in ('box_attention', 'deform_attention', 'instance_attention', 'cluster_wf', 'point_merge')
+    for name in (
+        *('box_attention', 'deform_attention', 'instance_attention', 'cluster_wf', 'point_merge'),
+        *('point_deform_attention', 'inverse_distance_interpolate'),
+    )
     for suffix in ('', '_backward')
 ] + ['knn_points', 'space_filling_order']
 STREAM = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import boltz_mm
-from boltz_mm.ops import inverse_distance_interpolate, use_backend
+from boltz_mm.ops import _deterministic, inverse_distance_interpolate, point_interpolate, use_backend
 from tests.ops.point_deform_cases import PointCase, cotangent, interpolation, make_case, run_interpolation
 from tools.benchmark.timing import extra_bytes
 
@@ -99,6 +99,17 @@ def test_backward_holds_inputs_and_gradients_alone() -> None:
     gathered = 500 * 8 * 2 * 4 * 4 * 32 * 4
     gradients = sum(leaf.nbytes for leaf in case.leaves.values())
     assert extra_bytes(case.run, 'cpu') < 3 * gradients + 2**20 < gathered / 4
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_gradients_added_up_in_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes the place of the kernels on CUDA where deterministic algorithms are asked for."""
+    case, given = make_case(dtype), interpolation(dtype)
+    expected = [*case.run(), *run_interpolation(given)]
+    monkeypatch.setattr(_deterministic, 'needed', lambda value: True)
+    monkeypatch.setattr(point_interpolate, '_ELEMENTS', 4000)  # several parts
+    for ours, theirs in zip([*case.run(), *run_interpolation(given)], expected, strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize('capability', ['baseline', 'avx2', 'avx512'])

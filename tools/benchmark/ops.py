@@ -29,6 +29,7 @@ sys.path.insert(0, str(CHECKOUT))
 from boltz_mm import __version__, ops  # noqa: E402
 from tools.benchmark.baselines import cluster_attention as plain_points  # noqa: E402
 from tools.benchmark.baselines import grid_attention as plain  # noqa: E402
+from tools.benchmark.baselines import point_deform as plain_deform  # noqa: E402
 from tools.benchmark.point_sets import adaptive, grid  # noqa: E402
 from tools.benchmark.timing import Record, compare, extra_bytes, time_once  # noqa: E402
 
@@ -259,6 +260,67 @@ def attention_cases(
         )
 
 
+def on_reference(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """An operator on the PyTorch reference."""
+    with ops.use_backend('reference'):
+        return function(*args)
+
+
+def point_deform_cases(sides: Sequence[int], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """A layer of AutoFocusFormer's pixel decoder: each token of three levels is a query."""
+    for side in sides:
+        cells = grid(side, side)
+        levels = [adaptive(side, side, 1 / share) for share in (64, 16, 4)]
+        # As the backbone leaves them: neighbours in the image stand near each other.
+        levels = [ops.space_filling_clusters(level, 8, (side, side)).pos for level in levels]
+        sizes, positions = [level.shape[1] for level in levels], torch.cat(levels, 1).to(device)
+        tables = torch.stack([ops.knn_points(cells, level, 4) for level in levels], 1).int().to(device)
+        prefix = (1, positions.shape[1], HEADS, len(sizes), 4)
+        # At the start of a training: point i of a head lies i cells away in the direction of the head.
+        angles = torch.arange(HEADS) * (2 * torch.pi / HEADS)
+        away = torch.stack([angles.cos(), angles.sin()], -1)[:, None, None] * torch.arange(1, 5)[:, None]
+        leaves = [
+            torch.randn(1, positions.shape[1], HEADS, DEPTH).to(device, dtype),
+            (away + torch.randn(*prefix, 2) / 2).to(device),
+            torch.randn(prefix, device=device),
+            torch.tensor([3.1], device=device),
+        ]
+        constants = (positions, sizes, tables, (side, side), positions)
+
+        def arrange(
+            function: Callable[..., Tensor], value: Tensor, *rest: Tensor, constants: tuple[Any, ...] = constants
+        ) -> Tensor:
+            return function(value, *constants, *rest)
+
+        yield Case(
+            'point_deform_attention',
+            f'{positions.shape[1]} q 8x32 3x4',
+            partial(arrange, ops.point_deform_attention),
+            {
+                'embedding bags': partial(arrange, partial(on_reference, ops.point_deform_attention)),
+                'gathers': partial(arrange, plain_deform.attention),
+            },
+            leaves,
+        )
+
+
+def interpolation_cases(sides: Sequence[int], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Features of a quarter of the cells at all cells, as in the pixel decoder."""
+    for side in sides:
+        query, pos = grid(side, side), adaptive(side, side, 1 / 4)
+        places = pos.to(device), query.to(device), ops.knn_points(query, pos, 4).to(device), 3.0
+        yield Case(
+            'inverse_distance_interpolate',
+            f'{query.shape[1]} of {pos.shape[1]} x256',
+            lambda feat, places=places: ops.inverse_distance_interpolate(feat, *places),
+            {
+                'embedding bags': lambda f, p=places: on_reference(ops.inverse_distance_interpolate, f, *p),
+                'gathers': lambda f, p=places: plain_deform.interpolate(f, *p),
+            },
+            [torch.randn(1, pos.shape[1], HEADS * DEPTH).to(device, dtype)],
+        )
+
+
 OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     'box_attention': lambda quick, **kwargs: box_cases(**kwargs),
     'cluster_attention': lambda quick, levels, **kwargs: attention_cases(
@@ -266,7 +328,13 @@ OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     ),
     'deform_attention': lambda quick, **kwargs: deform_cases(**kwargs),
     'instance_attention': lambda quick, **kwargs: instance_cases(queries=20 if quick else 300, **kwargs),
+    'inverse_distance_interpolate': lambda quick, levels, **kwargs: interpolation_cases(
+        QUICK_SIDES if quick else (128, 256), **kwargs
+    ),
     'knn_points': lambda quick, levels, **kwargs: neighbor_cases(QUICK_SIDES if quick else SIDES, **kwargs),
+    'point_deform_attention': lambda quick, levels, **kwargs: point_deform_cases(
+        QUICK_SIDES if quick else (128, 256), **kwargs
+    ),
     'space_filling_clusters': lambda quick, levels, **kwargs: cluster_cases(QUICK_SIDES if quick else SIDES, **kwargs),
 }
 
