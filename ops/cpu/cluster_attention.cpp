@@ -93,7 +93,9 @@ class ClusterCall {
     const int64_t row_bytes = problem.heads * 2 * plan_.row_slots * element_bytes();
     const int64_t block_bytes = kQueryBlock * (row_bytes + problem.lists * plan_.entry_bytes);
     const int64_t chunk = std::min(total, std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, block_bytes)));
-    const int64_t images = std::min(problem.batch, (chunk + images_blocks - 1) / std::max<int64_t>(1, images_blocks) + 1);
+    // A chunk that begins inside of an image may end inside of one more.
+    const int64_t spanned = (chunk + images_blocks - 1) / std::max<int64_t>(1, images_blocks) + 1;
+    const int64_t images = std::min(problem.batch, spanned);
     problem.weights = take(chunk * kQueryBlock * row_bytes);
     problem.entries = take(chunk * kQueryBlock * problem.lists * plan_.entry_bytes);
     problem.starts = static_cast<int64_t*>(take(images * (problem.clusters + 1) * 8));
@@ -117,7 +119,8 @@ class ClusterCall {
         kernels_.invert(problem, part, begin, end);
       });
       const int64_t groups = problem.clusters ? kernels_.key_groups(problem) : 0;
-      run_tasks(query_, in_chunk * groups, 8, plan_.scratch, [&](int64_t begin, int64_t end, void* scratch) {
+      const int64_t at_once = in_chunk * groups < 256 ? 1 : 8;
+      run_tasks(query_, in_chunk * groups, at_once, plan_.scratch, [&](int64_t begin, int64_t end, void* scratch) {
         kernels_.backward_keys(problem, part, begin, end, scratch);
       });
     }

@@ -41,7 +41,7 @@ struct QueryScratch {
   C *x, *y, *features;  // [row_slots], [row_slots], [5, row_slots]
   C* masked;            // what is added to the logits, where is_masked
   C* logits;            // [H, row_slots]
-  C* blanks;            // [H]
+  C *blanks, *tops, *shares;  // [H] in whole vectors
   C *query, *grad, *products, *packed, *sums;
   C* bias_sums;         // [H, 6, lanes]
   bool is_masked;
@@ -56,10 +56,11 @@ struct QueryScratch {
     key_at = carver.take<const C*>(keys_of_query);
     value_at = carver.take<const C*>(keys_of_query);
     C** const rows[] = {&x, &y, &masked, &products, &packed};
-    for (C** row : rows) *row = carver.take<C>(plan.row_slots);
+    for (C** row : rows) *row = carver.take<C>(plan.row_slots + kLanes<C>);
     features = carver.take<C>(kFeatures * plan.row_slots);
     logits = carver.take<C>(problem.heads * plan.row_slots);
-    blanks = carver.take<C>(problem.heads);
+    C** const of_heads[] = {&blanks, &tops, &shares};
+    for (C** row : of_heads) *row = carver.take<C>(padded_to_vectors<C>(problem.heads));
     C** const channels[] = {&query, &grad, &sums};
     for (C** row : channels) *row = carver.take<C>(plan.padded_depth);
     bias_sums = carver.take<C>(problem.heads * (kFeatures + 1) * kLanes<C>);
@@ -68,6 +69,7 @@ struct QueryScratch {
     if (memory) {
       for (Index j = 0; j < problem.lists; ++j) ids[j] = -1;
       for (Index i = 0; i < plan.row_slots; ++i) x[i] = y[i] = 0;
+      for (Index h = 0; h < padded_to_vectors<C>(problem.heads); ++h) blanks[h] = tops[h] = shares[h] = 0;
     }
   }
 };
@@ -133,7 +135,8 @@ void fill_panels(const ClusterProblem& problem, const ClusterPlan& plan, const R
       Index lane = 0;
       // Four rows at a time, where they are what the slots say.
       const Index key = cluster * problem.cluster_size + first;
-      for (; lane + 4 <= width && first + lane + 4 <= problem.cluster_size && key + lane + 4 <= problem.keys; lane += 4) {
+      const Index left = problem.cluster_size - first, left_keys = problem.keys - key;
+      for (; lane + 4 <= width && lane + 4 <= left && lane + 4 <= left_keys; lane += 4) {
         transpose_four<T, C>(row_of<T>(rows, image, key + lane, h), rows.row_stride, depth, to + lane, width);
       }
       for (; lane < width; ++lane) {
@@ -346,8 +349,8 @@ bool forward(const ClusterProblem& problem, int64_t begin, int64_t end, void* me
   const ClusterPlan plan = plan_call<T, C>(problem, false);
   const Index heads = problem.heads, depth = problem.depth, keys = problem.lists * problem.cluster_size;
   const Index blocks = (problem.queries + kQueryBlock - 1) / kQueryBlock;
-  Index used;
-  Index last_image = -1;
+  const bool sees_any = keys > 0 || problem.blank_key;
+  Index used, last_image = -1;
   QueryScratch<C> scratch(problem, plan, memory, used);
   for (Index row = begin * kQueryBlock; row < end * kQueryBlock; ++row) {
     const Index image = row / (blocks * kQueryBlock), query = row % (blocks * kQueryBlock);
@@ -377,9 +380,20 @@ bool forward(const ClusterProblem& problem, int64_t begin, int64_t end, void* me
         store<N>(logits + i, weights);
         sums += weights;
       }
-      scratch.blanks[h] = problem.blank_key ? exp_negative<1>(C(scratch.blanks[h] - top)) : C(0);
-      normalizers[2 * h] = top;
-      normalizers[2 * h + 1] = sum_lanes<N, C>(sums) + scratch.blanks[h];
+      scratch.tops[h] = top;
+      scratch.shares[h] = sum_lanes<N, C>(sums);
+    }
+    for (Index h = 0; h < heads; h += N) {  // in vectors over the heads, with room for a whole one
+      V blanks = {};
+      if (problem.blank_key) blanks = exp_negative<N>(V(load<N>(scratch.blanks + h) - load<N>(scratch.tops + h)));
+      const V sums = load<N>(scratch.shares + h) + blanks;
+      store<N>(scratch.blanks + h, blanks);
+      store<N>(scratch.products, sums);
+      store<N>(scratch.shares + h, sees_any ? V{} + 1 / sums : V{});
+      for (Index i = 0; i < N && h + i < heads; ++i) {
+        normalizers[2 * (h + i)] = scratch.tops[h + i];
+        normalizers[2 * (h + i) + 1] = scratch.products[i];
+      }
     }
     for (Index h = 0; h < heads; ++h) {
       const C* weights = without_padding(problem, plan, scratch.logits + h * plan.row_slots, scratch.packed);
@@ -388,8 +402,7 @@ bool forward(const ClusterProblem& problem, int64_t begin, int64_t end, void* me
       if (problem.blank_value) {
         add_scaled(static_cast<const C*>(problem.blank_value) + h * depth, scratch.blanks[h], depth, scratch.sums);
       }
-      const C share = keys > 0 || problem.blank_key ? 1 / normalizers[2 * h + 1] : C(0);
-      store_row(scratch.sums, depth, share, static_cast<T*>(problem.output) + (place + h) * depth);
+      store_row(scratch.sums, depth, scratch.shares[h], static_cast<T*>(problem.output) + (place + h) * depth);
     }
   }
   return true;

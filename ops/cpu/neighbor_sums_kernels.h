@@ -98,7 +98,8 @@ void neighbor_spread(const NeighborProblem& problem, int64_t image, int64_t begi
       spread_rows(static_cast<const C*>(problem.weights) + head * problem.queries * problem.count,
                   row_of<C>(problem.rows, image, 0, h), problem.rows.row_stride,
                   static_cast<const Entry*>(problem.entries) + first, count, Index{1}, depth, sums, depth);
-      store_row(sums, problem.depth, C(1), static_cast<C*>(problem.output) + (head * problem.length + row) * problem.depth);
+      C* to = static_cast<C*>(problem.output) + (head * problem.length + row) * problem.depth;
+      store_row(sums, problem.depth, C(1), to);
     }
   }
 }

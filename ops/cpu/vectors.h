@@ -199,7 +199,7 @@ inline __attribute__((always_inline)) Vector<double, N> exp_negative(const Vecto
   if constexpr (N == 1) {
     return __builtin_exp(x);
   } else {
-    Vector<double, N> result;
+    Vector<double, N> result = x;
     for (int i = 0; i < N; ++i) result[i] = __builtin_exp(x[i]);
     return result;
   }
