@@ -142,7 +142,9 @@ class PointMaskFusionHead(MaskFormerFusionHead):
     """Panoptic, instance and semantic results from the last prediction.
 
     ``test_cfg`` may hold ``panoptic_on`` (default True), ``instance_on``, ``semantic_on`` (default False),
-    ``object_mask_thr`` (0.8), ``iou_thr`` (0.8) and ``max_per_image`` (100), as for mmdet's head.
+    ``object_mask_thr`` (0.8), ``iou_thr`` (0.8) and ``max_per_image`` (100), as for mmdet's head.  Where semantic
+    results alone are on, class maps are made in the size of the padded image and resized then; otherwise masks are
+    resized first.
 
     Args:
         num_things_classes: Thing classes; they come first.
@@ -210,8 +212,7 @@ class PointMaskFusionHead(MaskFormerFusionHead):
         Returns:
             ``sem_seg`` ``[1, H, W]``, the best class of each pixel, and its ``logits`` ``[K, H, W]``.
         """
-        logits = semantic_inference(mask_cls, mask_pred)
-        return PixelData(sem_seg=logits.argmax(dim=0, keepdim=True), logits=logits)
+        return _semantic_data(semantic_inference(mask_cls, mask_pred))
 
     def predict(
         self,
@@ -242,9 +243,21 @@ class PointMaskFusionHead(MaskFormerFusionHead):
         for classes, masks, sample in zip(mask_cls_results, mask_pred_results, batch_data_samples, strict=True):
             # The other queries cannot be part of a result: their masks need not be enlarged.
             rows = self.needed_queries(classes)
-            masks = self._resize(masks[rows], sample.metainfo, rescale)
-            results.append({name: task(classes[rows], masks) for name, (on, task) in tasks.items() if on})
+            classes, meta = classes[rows], sample.metainfo
+            padded = _to_padded_size(masks[None, rows], meta)[0]
+            if self.resize_first:
+                masks = _to_final_size(padded, meta, rescale)
+                results.append({name: task(classes, masks) for name, (on, task) in tasks.items() if on})
+            else:
+                maps = _to_final_size(semantic_inference(classes, padded), meta, rescale)
+                results.append({'sem_results': _semantic_data(maps)})
         return results
+
+    @property
+    def resize_first(self) -> bool:
+        """Whether masks are resized before results are made of them; officially so unless all but semantic is off."""
+        instances = self.test_cfg.get('panoptic_on', True) or self.test_cfg.get('instance_on', False)
+        return instances or not self.test_cfg.get('semantic_on', False)
 
     def needed_queries(self, mask_cls: Tensor) -> Tensor:
         """Queries whose masks the results that are on may look at.
@@ -265,14 +278,22 @@ class PointMaskFusionHead(MaskFormerFusionHead):
         rows = needed.nonzero()[:, 0]
         return rows if len(rows) else rows.new_zeros(1)
 
-    @staticmethod
-    def _resize(masks: Tensor, meta: dict, rescale: bool) -> Tensor:
-        """Masks ``[q, H, W]`` of the padded image or its grid, in the size of the image or of the original one."""
-        masks, (height, width) = masks[None], meta['img_shape'][:2]
-        padded = tuple(meta.get('batch_input_shape', masks.shape[-2:]))
-        if tuple(masks.shape[-2:]) != padded:
-            masks = upsample_masks(masks, padded)
-        masks = masks[..., :height, :width]
-        if rescale:
-            masks = F.interpolate(masks, size=tuple(meta['ori_shape'][:2]), mode='bilinear', align_corners=False)
-        return masks[0]
+
+def _semantic_data(maps: Tensor) -> PixelData:
+    return PixelData(sem_seg=maps.argmax(dim=0, keepdim=True), logits=maps)
+
+
+def _to_padded_size(masks: Tensor, meta: dict) -> Tensor:
+    """Masks ``[B, Q, h, w]`` of the padded image, or of its stride-4 grid, in the size of the padded image."""
+    size = tuple(meta.get('batch_input_shape', masks.shape[-2:]))
+    return masks if tuple(masks.shape[-2:]) == size else upsample_masks(masks, size)
+
+
+def _to_final_size(maps: Tensor, meta: dict, rescale: bool) -> Tensor:
+    """Maps ``[C, H, W]`` of the padded image in the size of the image, or of the original one."""
+    height, width = meta['img_shape'][:2]
+    maps = maps[:, :height, :width]
+    if rescale:
+        size = tuple(meta['ori_shape'][:2])
+        maps = F.interpolate(maps[None], size=size, mode='bilinear', align_corners=False)[0]
+    return maps

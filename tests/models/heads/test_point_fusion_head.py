@@ -163,3 +163,16 @@ def test_no_query_is_good_enough() -> None:
     head = PointMaskFusionHead(2, 2)
     [result] = head.predict(certain(4, 4)[None], torch.randn(1, 2, 8, 8), [DetDataSample(metainfo=META)])
     assert result['pan_results'].sem_seg.unique().tolist() == [4]
+
+
+def test_semantic_maps_alone_are_made_before_resizing() -> None:
+    torch.manual_seed(0)
+    head = PointMaskFusionHead(2, 2, dict(panoptic_on=False, semantic_on=True))
+    classes, masks = torch.randn(1, 3, 5), 4 * torch.randn(1, 3, 8, 8)
+    [result] = head.predict(classes, masks, [DetDataSample(metainfo=META)], rescale=True)
+    maps = semantic_inference(classes, upsample_masks(masks, (32, 32)))[..., :30, :32]
+    expected = torch.nn.functional.interpolate(maps, size=(15, 16), mode='bilinear', align_corners=False)[0]
+    torch.testing.assert_close(result['sem_results'].logits, expected)
+    first = PointMaskFusionHead(2, 2, dict(panoptic_on=True, semantic_on=True))
+    [other] = first.predict(classes, masks, [DetDataSample(metainfo=META)], rescale=True)
+    assert not torch.allclose(other['sem_results'].logits, expected, atol=1e-3)
