@@ -141,7 +141,10 @@ class Mlp(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map each token alone."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        hidden = self.fc1(x)
+        # In place where nobody needs the input again: the largest tensor of a block then exists once.
+        hidden = self.act(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
+        return self.drop(self.fc2(self.drop(hidden)))
 
 
 class ClusterBlock(BaseModule):
