@@ -16,7 +16,7 @@ Cost: indices take ``8 B N k`` bytes (``4 B N k`` for int32), buckets, while a s
 runs, about ``20 B M`` (``28 B M`` on CUDA).
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,23 @@ from boltz_mm.ops._backend import has_native_operators, use_native
 
 _PAIRS_AT_ONCE = 1 << 22  # of the reference, in memory
 _POSITIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+
+
+@overload
+def knn_points(
+    query: Tensor,
+    points: Tensor,
+    k: int,
+    *,
+    return_distance: Literal[False] = ...,
+    canvas: tuple[int, int] | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def knn_points(
+    query: Tensor, points: Tensor, k: int, *, return_distance: Literal[True], canvas: tuple[int, int] | None = ...
+) -> tuple[Tensor, Tensor]: ...
 
 
 def knn_points(

@@ -2,26 +2,21 @@
 // boltz_mm/ops/clustering.py for the rule, ../registration.cpp for the schema.
 
 #include "../include/curves.h"
+#include "../include/stable_call.h"
 #include "rounding.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace boltz_mm {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
@@ -200,16 +195,14 @@ std::tuple<Tensor, Tensor, Tensor> space_filling_order(Tensor pos, int64_t clust
   STD_TORCH_CHECK(inside, "pos must lie on the canvas, 0 <= x < ", width, " and 0 <= y < ", height);
 
   const Clustering clustering(tokens, cluster_size, height, width, static_cast<Curve>(curve), anchors);
-  // A tensor, so that it counts as memory of PyTorch.
-  const Tensor memory =
-      torch::stable::new_empty(pos, {batch * 2 * tokens * static_cast<int64_t>(sizeof(Entry) / 8)}, ScalarType::Long);
-  Entry* entries = static_cast<Entry*>(memory.mutable_data_ptr());
+  const Scratch memory(pos, batch * 2 * tokens * static_cast<int64_t>(sizeof(Entry)));
+  Entry* entries = reinterpret_cast<Entry*>(memory.data());
   const Point* points = static_cast<const Point*>(pos.const_data_ptr());
   int64_t* order_to = order.mutable_data_ptr<int64_t>();
   Point *ordered_to = static_cast<Point*>(ordered.mutable_data_ptr()),
         *means_to = static_cast<Point*>(means.mutable_data_ptr());
   std::vector<float> largest(batch);
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  run_tasks(pos, batch, 1, 0, [&](int64_t begin, int64_t end, void*) {
     for (int64_t image = begin; image < end; ++image) {
       Entry* own = entries + image * 2 * tokens;
       if (clustering.has_anchors()) {
@@ -220,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> space_filling_order(Tensor pos, int64_t clust
     }
   });
   if (!per_image) std::fill(largest.begin(), largest.end(), *std::max_element(largest.begin(), largest.end()));
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  run_tasks(pos, batch, 1, 0, [&](int64_t begin, int64_t end, void*) {
     for (int64_t image = begin; image < end; ++image) {
       Entry* own = entries + image * 2 * tokens;
       if (clustering.has_anchors()) clustering.combine(largest[image], own);

@@ -1,44 +1,28 @@
 // Exact nearest neighbours on the CPU: checks, buckets, threads and the choice of the instruction set.  The search is
 // in neighbors_kernels.h, the schema in ../registration.cpp.
 
+#include "../include/stable_call.h"
 #include "neighbors.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <vector>
 
 namespace boltz_mm {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kQueriesAtOnce = 256;
 constexpr double kMeanPoints = 0.1;  // of a bucket, for each neighbour that is looked for; at least 1
 
 SearchNeighbors choose_search() {
 #ifdef BOLTZ_MM_X86_VARIANTS
-  // For tests and comparisons: keep to a smaller instruction set.
-  const char* asked = std::getenv("BOLTZ_MM_CPU_CAPABILITY");
-  const std::string limit = asked ? asked : "avx512";
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && limit == "avx512") return avx512::search_neighbors;
-  if (has_avx2 && limit != "baseline") return avx2::search_neighbors;
+  if (instruction_set() == InstructionSet::avx512) return avx512::search_neighbors;
+  if (instruction_set() == InstructionSet::avx2) return avx2::search_neighbors;
 #endif
   return baseline::search_neighbors;
 }
@@ -134,7 +118,7 @@ void fill(const float* points, int64_t count, int32_t* bucket_of, Buckets& bucke
 Tensor coordinates(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 3 && tensor.size(2) == 2, name,
                   " must be float32 of shape [B, N, 2]");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  check_cpu(name, tensor);
   const Tensor dense = torch::stable::contiguous(tensor);
   check_finite(name, dense.const_data_ptr<float>(), dense.numel());
   return dense;
@@ -161,30 +145,19 @@ std::tuple<Tensor, Tensor> knn_points(Tensor query, Tensor points, int64_t k, in
     lay_grid(coordinates_of + image * count * 2, count, std::max(1.0, kMeanPoints * k), buckets[image]);
     words[image + 1] = words[image] + bucket_words(buckets[image], count);
   }
-  const int64_t tasks = batch * queries, takes = (tasks + kQueriesAtOnce - 1) / kQueriesAtOnce;
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), takes);
-  // Tensors, so that they count as memory of PyTorch.
-  const Tensor memory = torch::stable::new_empty(query, {words[batch]}, ScalarType::Int);
-  const Tensor keys = torch::stable::new_empty(query, {workers, k}, ScalarType::Long);
-  int32_t* first_word = static_cast<int32_t*>(memory.mutable_data_ptr());
-  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+  const Scratch memory(query, words[batch] * static_cast<int64_t>(sizeof(int32_t)));
+  int32_t* first_word = reinterpret_cast<int32_t*>(memory.data());
+  run_tasks(query, batch, 1, 0, [&](int64_t begin, int64_t end, void*) {
     for (int64_t image = begin; image < end; ++image) {
       place_arrays(first_word + words[image], count, buckets[image]);
       fill(coordinates_of + image * count * 2, count, first_word + words[image + 1] - count, buckets[image]);
     }
   });
-  static const SearchNeighbors search = choose_search();
+  const SearchNeighbors search = choose_search();
   const NeighborSearch problem{buckets.data(), query.const_data_ptr<float>(), queries, k, index.mutable_data_ptr(),
                                long_index, distance_needed ? distance.mutable_data_ptr<float>() : nullptr};
-  uint64_t* best = static_cast<uint64_t*>(keys.mutable_data_ptr());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t first = next.fetch_add(kQueriesAtOnce); first < tasks; first = next.fetch_add(kQueriesAtOnce)) {
-        search(problem, first, std::min(first + kQueriesAtOnce, tasks), best + worker * k);
-      }
-    }
-  });
+  run_tasks(query, batch * queries, kQueriesAtOnce, k * static_cast<int64_t>(sizeof(uint64_t)),
+            [&](int64_t begin, int64_t end, void* best) { search(problem, begin, end, static_cast<uint64_t*>(best)); });
   return {index, distance};
 }
 

@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include "../include/instruction_set.h"
+
 #include <cstdint>
 
 namespace boltz_mm {
@@ -44,10 +46,7 @@ using SearchNeighbors = void (*)(const NeighborSearch&, int64_t begin, int64_t e
 namespace baseline {
 extern const SearchNeighbors search_neighbors;
 }
-#if defined(__x86_64__) && defined(__GNUC__)
-#ifndef BOLTZ_MM_X86_VARIANTS
-#define BOLTZ_MM_X86_VARIANTS 1
-#endif
+#ifdef BOLTZ_MM_X86_VARIANTS
 namespace avx2 {
 extern const SearchNeighbors search_neighbors;
 }

@@ -114,7 +114,8 @@ def test_sanitizers(source: Path) -> None:
     for capability in ('baseline', 'avx2', 'avx512'):
         done = subprocess.run(
             [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k', 'native or no_places or same_bits',
-             'tests/ops/test_operators.py', 'tests/ops/test_box_attention.py'],
+             'tests/ops/test_operators.py', 'tests/ops/test_box_attention.py', 'tests/ops/test_neighbors.py',
+             'tests/ops/test_clustering.py'],
             cwd=source,
             capture_output=True,
             text=True,

@@ -4,7 +4,6 @@ The published heads work on the tokens themselves; this neck is ours.
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from mmengine.model import BaseModule
@@ -97,6 +96,6 @@ class PointsToGrid(BaseModule):
             return ops.points_to_image(feat, pos, shape)
         centres = self.size_cache.get((shape, step), feat.device, lambda: cell_centres(shape, step, feat.device))
         centres = centres.expand(batch, -1, -1)
-        index = cast(Tensor, ops.knn_points(centres, pos, min(NUM_NEIGHBOURS, num_tokens), canvas=shape))
+        index = ops.knn_points(centres, pos, min(NUM_NEIGHBOURS, num_tokens), canvas=shape)
         values = ops.inverse_distance_interpolate(feat, pos, centres, index, self.power)
         return values.transpose(1, 2).unflatten(2, tuple(-(-size // step) for size in shape))
