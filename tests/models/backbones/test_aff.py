@@ -222,6 +222,7 @@ def test_autocast_chooses_its_tokens_in_float32() -> None:
     assert model.double()(image.double())[3].feat.dtype == torch.float64
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph() -> None:
     model = build(out_type='avg')
     image = images(1, 3, 64, 48)
