@@ -9,7 +9,12 @@ _base_ = [
 ]
 
 model = dict(
-    panoptic_head=dict(num_things_classes=80, num_stuff_classes=53, num_queries=50),
+    panoptic_head=dict(
+        num_things_classes=80,
+        num_stuff_classes=53,
+        num_queries=50,
+        loss_cls=dict(class_weight=[1.0] * 133 + [0.1]),
+    ),
     panoptic_fusion_head=dict(num_things_classes=80, num_stuff_classes=53),
     train_cfg=dict(num_points=4096),
     test_cfg=dict(panoptic_on=True, instance_on=False),

@@ -8,7 +8,7 @@ _base_ = [
 ]
 
 model = dict(
-    panoptic_head=dict(num_stuff_classes=5),
+    panoptic_head=dict(num_stuff_classes=5, loss_cls=dict(class_weight=[1.0] * 8 + [0.1])),
     panoptic_fusion_head=dict(num_stuff_classes=5),
     test_cfg=dict(panoptic_on=True, instance_on=False),
 )
