@@ -30,6 +30,7 @@ from boltz_mm import __version__, ops  # noqa: E402
 from tools.benchmark.baselines import cluster_attention as plain_points  # noqa: E402
 from tools.benchmark.baselines import grid_attention as plain  # noqa: E402
 from tools.benchmark.baselines import point_deform as plain_deform  # noqa: E402
+from tools.benchmark.baselines import point_merge as plain_merge  # noqa: E402
 from tools.benchmark.point_sets import adaptive, grid  # noqa: E402
 from tools.benchmark.timing import Record, compare, extra_bytes, time_once  # noqa: E402
 
@@ -321,6 +322,38 @@ def interpolation_cases(sides: Sequence[int], device: str, dtype: torch.dtype) -
         )
 
 
+def merge_cases(merges: Sequence[int], convolutions: Sequence[int], device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The first merge of AFF-Tiny (a quarter of the tokens, 48 neighbours), and the pixel decoder's 9-point sums."""
+    for side, kind in (*((side, 'merge') for side in merges), *((side, 'conv') for side in convolutions)):
+        clusters = ops.space_filling_clusters(grid(side, side), 8, (side, side))
+        cells, channels = clusters.pos, 64 if kind == 'merge' else 256
+        parameters = [torch.randn(4, 5) / 8, torch.randn(4), torch.rand(4) + 0.5, torch.randn(4)]
+        if kind == 'merge':
+            query = adaptive(side, side, 1 / 4)
+            place = dict(nearest=ops.nearest_clusters(query, clusters.means, 6), cluster_size=8)
+            parameters.append(torch.rand(1, side * side))
+        else:
+            query, place = cells, dict(index=ops.knn_points(cells, cells, 9, canvas=(side, side)), sign=-1)
+        place |= dict(query_pos=query, key_pos=cells)
+        place = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in place.items()}
+        neighbours = 48 if kind == 'merge' else 9
+        yield Case(
+            'point_merge',
+            f'{kind} {query.shape[1]}x{neighbours} of {side * side}',
+            partial(_merge, place),
+            {
+                'gathered rows': partial(plain_merge.gathered, **place),
+                'embedding_bag': partial(plain_merge.bags, **place),
+            },
+            [torch.randn(1, side * side, channels).to(device, dtype), *(p.to(device) for p in parameters)],
+        )
+
+
+def _merge(place: dict[str, Any], feat: Tensor, *parameters: Tensor) -> Tensor:
+    names = ('weight', 'bias', 'norm_weight', 'norm_bias', 'importance')
+    return ops.point_merge(feat, **dict(zip(names, parameters, strict=False)), **place)
+
+
 OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     'box_attention': lambda quick, **kwargs: box_cases(**kwargs),
     'cluster_attention': lambda quick, levels, **kwargs: attention_cases(
@@ -334,6 +367,8 @@ OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     'knn_points': lambda quick, levels, **kwargs: neighbor_cases(QUICK_SIDES if quick else SIDES, **kwargs),
     'point_deform_attention': lambda quick, levels, **kwargs: point_deform_cases(
         QUICK_SIDES if quick else (128, 256), **kwargs
+    'point_merge': lambda quick, levels, **kwargs: merge_cases(
+        *((QUICK_SIDES, QUICK_SIDES) if quick else ((56, 128, 256), (128,))), **kwargs
     ),
     'space_filling_clusters': lambda quick, levels, **kwargs: cluster_cases(QUICK_SIDES if quick else SIDES, **kwargs),
 }
