@@ -367,6 +367,7 @@ OPERATORS: dict[str, Callable[..., Iterator[Case]]] = {
     'knn_points': lambda quick, levels, **kwargs: neighbor_cases(QUICK_SIDES if quick else SIDES, **kwargs),
     'point_deform_attention': lambda quick, levels, **kwargs: point_deform_cases(
         QUICK_SIDES if quick else (128, 256), **kwargs
+    ),
     'point_merge': lambda quick, levels, **kwargs: merge_cases(
         *((QUICK_SIDES, QUICK_SIDES) if quick else ((56, 128, 256), (128,))), **kwargs
     ),
