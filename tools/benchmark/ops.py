@@ -297,10 +297,8 @@ def point_deform_cases(sides: Sequence[int], device: str, dtype: torch.dtype) ->
             'point_deform_attention',
             f'{positions.shape[1]} q 8x32 3x4',
             partial(arrange, ops.point_deform_attention),
-            {
-                'embedding bags': partial(arrange, partial(on_reference, ops.point_deform_attention)),
-                'gathers': partial(arrange, plain_deform.attention),
-            },
+            {'embedding bags': partial(arrange, partial(on_reference, ops.point_deform_attention))}
+            | ({'gathers': partial(arrange, plain_deform.attention)} if side <= SIDES[1] else {}),
             leaves,
         )
 
