@@ -199,7 +199,7 @@ class ClusterCall {
     run_tasks(query_, problem.batch * rows, 256, 0, [&](int64_t begin, int64_t end, void*) {
       kernels_.copy_rows(problem, from, rows, to, begin, end);
     });
-    return {to, rows * heads * depth, heads * depth, depth};
+    return {to, rows * heads * depth, depth, rows * depth};
   }
 
   void prepare(bool backward) {

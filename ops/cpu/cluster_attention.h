@@ -81,7 +81,7 @@ struct ClusterKernels {
   ClusterPlan (*plan)(const ClusterProblem&, bool backward);
   // tasks: (image, cluster)
   void (*prepare)(const ClusterProblem&, int64_t begin, int64_t end);
-  // Copy [begin, end) of the (image, row) of a tensor to rows of whole vectors.
+  // Copy [begin, end) of the (image, row) of a tensor to rows of whole vectors, [B, H, rows, padded D].
   void (*copy_rows)(const ClusterProblem&, const Rows& from, int64_t rows, void* to, int64_t begin, int64_t end);
   // tasks: blocks of queries; false where a cluster id is out of range
   bool (*forward)(const ClusterProblem&, int64_t begin, int64_t end, void* scratch);

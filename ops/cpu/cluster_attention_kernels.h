@@ -74,9 +74,10 @@ struct QueryScratch {
   }
 };
 
+// Rows that are 2 KiB or a multiple of it apart would push each other out of the cache.
 template <typename T, typename C>
 bool are_whole_vectors(const Rows& rows, Index depth) {
-  return sizeof(T) == sizeof(C) && depth % kLanes<C> == 0;
+  return sizeof(T) == sizeof(C) && depth % kLanes<C> == 0 && rows.row_stride * sizeof(C) % 2048 != 0;
 }
 
 template <typename T, typename C>
@@ -183,8 +184,8 @@ void copy_rows(const Problem& problem, const Rows& from, int64_t rows, void* to,
   const Index heads = problem.heads, depth = padded_to_vectors<C>(problem.depth);
   for (Index row = begin; row < end; ++row) {
     for (Index h = 0; h < heads; ++h) {
-      load_row(row_of<T>(from, row / rows, row % rows, h), problem.depth, C(1),
-               static_cast<C*>(to) + (row * heads + h) * depth);
+      const Index image = row / rows, place = (image * heads + h) * rows + row % rows;
+      load_row(row_of<T>(from, image, row % rows, h), problem.depth, C(1), static_cast<C*>(to) + place * depth);
     }
   }
 }

@@ -58,7 +58,7 @@ class NeighborCall {
     run_tasks(like_, problem.batch * count, 256, 0, [&](int64_t begin, int64_t end, void*) {
       kernels_.copy_rows(problem, from, count, to, begin, end);
     });
-    return {to, count * heads * depth, heads * depth, depth};
+    return {to, count * heads * depth, depth, count * depth};
   }
 
   const void* weights(const Tensor& tensor) {
