@@ -193,8 +193,8 @@ def training_step(model: nn.Module, image: Tensor, target: Tensor) -> Work:
     """Forward and backward of a classification loss."""
 
     def work() -> None:
-        model.zero_grad(set_to_none=True)
         F.cross_entropy(model(image), target).backward()
+        model.zero_grad(set_to_none=True)  # at the end, so that gradients count as memory of the step
 
     return work
 
