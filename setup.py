@@ -80,7 +80,8 @@ def compile_args() -> list[str]:
     # No absolute path in an error text, multiply-adds that a compiler may not fuse in strict ISO mode, and square roots
     # without errno, which would keep them out of vectors.
     paths = [f'-fmacro-prefix-map={ROOT}/=', f'-fmacro-prefix-map={Path(torch.__file__).parent}/=torch/']
-    return ['-O3', '-g0', '-fvisibility=hidden', '-ffp-contract=fast', '-fno-math-errno', '-Wno-psabi', *paths, *defines]
+    floats = ['-ffp-contract=fast', '-fno-math-errno']
+    return ['-O3', '-g0', '-fvisibility=hidden', *floats, '-Wno-psabi', *paths, *defines]
 
 
 def cpp_library(name: str, files: list[str], **extra: object) -> Extension:

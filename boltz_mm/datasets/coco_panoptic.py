@@ -86,8 +86,8 @@ class CheckedPanopticCOCO(CheckedCOCO):
         """Make the tables by id."""
         self.imgs = {image['id']: image for image in self.dataset['images']}
         self.cats = {category['id']: category for category in self.dataset['categories']}
-        self.imgToAnns = {number: [] for number in self.imgs}
-        self.catToImgs = {number: [] for number in self.cats}
+        self.imgToAnns: dict[int, list[dict]] = {number: [] for number in self.imgs}
+        self.catToImgs: dict[int, list[int]] = {number: [] for number in self.cats}
         for annotation in self.dataset['annotations']:
             number = annotation['image_id']
             self.imgToAnns[number] = annotation['segments_info']

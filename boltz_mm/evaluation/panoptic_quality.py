@@ -78,7 +78,8 @@ def panoptic_counts(
             counts[segment.category, 3] += 1
     crowds = {segment.category: segment.id for segment in true_segments if segment.is_crowd}
     for segment in predicted_segments:
-        excused = sum(overlap.get((number, segment.id), 0) for number in (VOID, crowds.get(segment.category)))
+        nobodys = [VOID, *([crowds[segment.category]] if segment.category in crowds else [])]
+        excused = sum(overlap.get((number, segment.id), 0) for number in nobodys)
         if segment.id not in matched_prediction and excused / predicted_area[segment.id] <= 0.5:
             counts[segment.category, 2] += 1
     return counts

@@ -93,7 +93,9 @@ def panoptic_inference(
         confident.flatten(1).sum(dim=1),
         owner[inside].bincount(minlength=count),
     )
-    table, segments, shared = [0] * count, [], {}
+    table = [0] * count
+    segments: list[Segment] = []
+    shared: dict[int, int] = {}
     for k, (label, owned, original, both) in enumerate(torch.stack((classes, *areas), dim=1).tolist()):
         if not (owned and original and both) or owned / original < overlap_thr:
             continue

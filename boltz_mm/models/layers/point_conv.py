@@ -11,6 +11,8 @@ evaluated for the offsets that occur.
 Held by the golden case ``point_conv``.
 """
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from boltz_mm.ops import point_merge
@@ -35,7 +37,8 @@ class PointConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.weight_net = nn.Sequential(nn.Linear(5, _INNER_CHANNELS), nn.LayerNorm(_INNER_CHANNELS), nn.GELU())
+        linear, norm = nn.Linear(5, _INNER_CHANNELS), nn.LayerNorm(_INNER_CHANNELS)
+        self.weight_net = nn.Sequential(linear, norm, nn.GELU())
         self.norm = nn.LayerNorm(_INNER_CHANNELS * in_channels)
         self.linear = nn.Linear(_INNER_CHANNELS * in_channels, out_channels, bias=bias)
 
@@ -50,7 +53,7 @@ class PointConv(nn.Module):
         Returns:
             ``[B, N, out_channels]``.
         """
-        linear, norm = self.weight_net[0], self.weight_net[1]
+        linear, norm = cast(nn.Linear, self.weight_net[0]), cast(nn.LayerNorm, self.weight_net[1])
         merged = point_merge(
             feat,
             query_pos=pos,

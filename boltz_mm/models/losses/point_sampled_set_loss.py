@@ -138,7 +138,7 @@ class PointSampledSetLoss(nn.Module):
         count = all_masks[-1].new_tensor([sum(len(x) for x in labels)], dtype=dtype)
         num_masks = reduce_mean(count).clamp(min=1)
 
-        losses = {}
+        losses: dict[str, Tensor] = {}
         last = len(all_classes) - 1
         with torch.autocast(all_masks[-1].device.type, enabled=False):
             for i in (last, *range(last)):
@@ -220,12 +220,12 @@ class PointSampledSetLoss(nn.Module):
         sampled = point_sample(logits[:, None], points)[:, 0]
         with torch.no_grad():
             chunks = points.split([len(queries) for queries, _ in matches])
-            values = [
+            parts = [
                 point_sample(own[objects][:, None].to(part), part)[:, 0]
                 for own, (_, objects), part in zip(masks, matches, chunks, strict=True)
                 if len(objects)
             ]
-            values = torch.cat(values)
+            values = torch.cat(parts)
         loss_dice = self.loss_dice(sampled, values, avg_factor=num_masks)
         loss_mask = self.loss_mask(sampled.flatten(), values.flatten(), avg_factor=num_masks * self.num_points)
         return {'loss_cls': loss_cls, 'loss_mask': loss_mask.sum(), 'loss_dice': loss_dice.sum()}
