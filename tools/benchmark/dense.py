@@ -47,8 +47,10 @@ class DenseLayers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-        if func._schema.name.removeprefix('aten::') in _DENSE and not _of_operators(tensors):
-            self.calls.append((func, *tree_map_only(Tensor, self._stand_in, (args, kwargs))))
+        # An activation in place would act on its own result when it is run again.
+        again = torch.ops.aten.gelu.default if func is torch.ops.aten.gelu_.default else func
+        if again._schema.name.removeprefix('aten::') in _DENSE and not _of_operators(tensors):
+            self.calls.append((again, *tree_map_only(Tensor, self._stand_in, (args, kwargs))))
         return func(*args, **kwargs)
 
     def _stand_in(self, tensor: Tensor) -> Tensor:
