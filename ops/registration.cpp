@@ -31,6 +31,7 @@
 //   nearest         [B or 1, N, J]         int32 or int64 cluster ids; without it each query sees all keys
 //   bias_weight     [H, 5], bias [H], blank_key and blank_value [H, D]
 //   normalizer      [B, N, H, 2]           the largest logit, and the sum of exp(logit - largest)
+//   order           [B or 1, N * J]        int64, the places in nearest sorted by what stands there: for CUDA alone
 // Compute dtypes, strides and gradients that do not exist as above, with query in the place of value.
 //
 // Neighbours of N rows in a table of M rows of C channels, for each head; in compute dtypes alone.
@@ -110,7 +111,7 @@ STABLE_TORCH_LIBRARY(boltz_mm, library) {
   library.def(
       "cluster_attention_backward(Tensor grad_output, Tensor normalizer, Tensor query, Tensor key, Tensor value, "
       "Tensor query_pos, Tensor key_pos, Tensor? nearest, SymInt cluster_size, Tensor? bias_weight, Tensor? bias, "
-      "Tensor? blank_key, Tensor? blank_value, float scale, float max_offset) -> "
+      "Tensor? blank_key, Tensor? blank_value, float scale, float max_offset, Tensor? order=None) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias_weight, Tensor grad_bias, "
       "Tensor grad_blank_key, Tensor grad_blank_value)");
   library.def("neighbor_products(Tensor rows, Tensor table, Tensor index) -> Tensor");

@@ -78,7 +78,8 @@ def cluster_attention(
     Raises:
         TypeError: A tensor is not floating point, or ``nearest`` is not int32 or int64.
         ValueError: Shapes do not match, or ``cluster_size`` or ``max_offset`` is out of range.
-        RuntimeError: A cluster id is out of range (on the CPU; on other devices the result is undefined).
+        RuntimeError: A cluster id is out of range, on the CPU.  On CUDA, where looking would wait, such a cluster
+            counts as nothing (on the reference backend the result is undefined).
     """
     _check(query, key, value, query_pos, key_pos, nearest, cluster_size, max_offset)
     _check_parameters(query, bias_weight, bias, blank_key, blank_value)
@@ -88,7 +89,7 @@ def cluster_attention(
     bias_weight, bias, blank_key, blank_value = (
         None if tensor is None else tensor.to(dtype) for tensor in (bias_weight, bias, blank_key, blank_value)
     )
-    if _has_kernel(query.device) and use_native(query.device):
+    if use_native(query.device):
         bound = math.inf if max_offset is None else float(max_offset)
         inputs = query, key, value, query_pos, key_pos, nearest, cluster_size, bias_weight, bias, blank_key, blank_value
         return torch.ops.boltz_mm.cluster_attention(*inputs, float(scale), bound)[0]
@@ -124,7 +125,7 @@ def cluster_qk(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     _check_index('index', index, query.device, batch, queries, '[B, N, K]')
     dtype = compute_dtype(query)
     rows, table = query.to(dtype), key.to(query.dtype).to(dtype)
-    if _has_kernel(query.device) and use_native(query.device):
+    if _has_products(query.device) and use_native(query.device):
         return torch.ops.boltz_mm.neighbor_products(rows, table, index).to(query.dtype)
     _check_range('index', index, key.shape[2], 'keys')
     return _neighbor_sums.products(rows, table, index).to(query.dtype)
@@ -157,7 +158,7 @@ def cluster_av(attn: Tensor, value: Tensor, index: Tensor) -> Tensor:
     check_shape('index', index, '[B, N, K]', (batch, queries, count))
     dtype = compute_dtype(attn)
     weights, table = attn.to(dtype), value.to(attn.dtype).to(dtype)
-    if _has_kernel(attn.device) and use_native(attn.device):
+    if _has_products(attn.device) and use_native(attn.device):
         return torch.ops.boltz_mm.neighbor_sums(weights, table, index).to(attn.dtype)
     _check_range('index', index, value.shape[2], 'values')
     return _neighbor_sums.sums(weights, table, index).to(attn.dtype)
@@ -244,8 +245,8 @@ def _check_parameters(
             check_shape(name, tensor, meaning, shape)
 
 
-def _has_kernel(device: torch.device) -> bool:
-    """There is none for CUDA so far, where the reference runs whatever was chosen."""
+def _has_products(device: torch.device) -> bool:
+    """CLUSTEN's products have no kernels for CUDA so far: the reference runs there, whatever was chosen."""
     return device.type != 'cuda'
 
 
@@ -337,6 +338,7 @@ def _fake_attention_backward(
     blank_value: Tensor | None,
     scale: float,
     max_offset: float,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     parameters = (bias_weight, bias, blank_key, blank_value)
     return (
@@ -352,13 +354,18 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.set_materialize_grads(False)
 
 
+def _order(nearest: Tensor | None) -> Tensor | None:
+    """The places in ``nearest [B, N, J]`` sorted by their cluster, ``[B, N * J]``: what the CUDA kernels ask for."""
+    return None if nearest is None or nearest.device.type != 'cuda' else nearest.flatten(1).argsort(stable=True)
+
+
 def _backward_attention(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     normalizer, *saved = ctx.saved_tensors  # asked for once: activation checkpointing allows no more
     if grad_output is None:
         return (None,) * len(ctx.others)
     left = iter(saved)
     inputs = [next(left) if other is None else other[0] for other in ctx.others]
-    of_rows = torch.ops.boltz_mm.cluster_attention_backward(grad_output, normalizer, *inputs)
+    of_rows = torch.ops.boltz_mm.cluster_attention_backward(grad_output, normalizer, *inputs, _order(inputs[5]))
     gradients = dict(zip((0, 1, 2, 7, 8, 9, 10), of_rows, strict=True))
     return tuple(
         gradients[place] if place in gradients and value is not None else None for place, value in enumerate(inputs)

@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor> cluster_attention(Tensor query, Tensor key, Tensor va
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cluster_attention_backward(
     Tensor grad_output, Tensor normalizer, Tensor query, Tensor key, Tensor value, Tensor query_pos, Tensor key_pos,
     OptionalTensor nearest, int64_t cluster_size, OptionalTensor bias_weight, OptionalTensor bias,
-    OptionalTensor blank_key, OptionalTensor blank_value, double scale, double max_offset) {
+    OptionalTensor blank_key, OptionalTensor blank_value, double scale, double max_offset, OptionalTensor) {
   ClusterCall call({query, key, value, query_pos, key_pos, nearest, cluster_size, bias_weight, bias, blank_key,
                     blank_value, scale, max_offset});
   ClusterProblem& problem = call.problem;

@@ -1,4 +1,4 @@
-// Weighted sums over neighbours: the kernels for each dtype, a warp as a Warp, and the launches.
+// Weighted sums over neighbours: the kernels for each dtype, and the launches.
 
 #include "point_merge_device.h"
 
@@ -9,30 +9,6 @@ namespace {
 
 constexpr int kMergeWarps = 4;  // of a block
 constexpr Index kMostMergeBlocks = 1 << 20;
-
-struct DeviceWarp {
-  int lane;
-
-  template <typename X>
-  struct Lanes {
-    X own;
-    __device__ __forceinline__ X& operator[](int) { return own; }
-  };
-
-  template <typename F>
-  __device__ __forceinline__ void each(const F& f) const {
-    f(lane);
-    __syncwarp();
-  }
-
-  template <typename C, int N>
-  __device__ __forceinline__ void sum(Lanes<Numbers<C, N>>& numbers, int first, int last) const {
-    for (int distance = first; distance < last; distance *= 2) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) numbers.own.x[i] += __shfl_xor_sync(~0u, numbers.own.x[i], distance);
-    }
-  }
-};
 
 template <typename Pass>
 __global__ void __launch_bounds__(kMergeWarps* kWarp)

@@ -1,16 +1,12 @@
 // What a warp of each kernel does for weighted sums over neighbours, forward and backward.
 //
-// Everything is written against a Warp (see DeviceWarp in point_merge.cu):
-//   Lanes<X>              an X of each lane
-//   each(f)               run f(lane) for all lanes, and wait for all of them
-//   sum(x, first, last)   add to the X of each lane those at the distances first, 2 first, ... below last
-// so that the tests run the same code on a CPU.  No atomics: a row of feat has one warp, which adds up its gradient in
-// the order of the points.
+// Everything is written against a Warp (see warp.h), so that the tests run the same code on a CPU.  No atomics: a row
+// of feat has one warp, which adds up its gradient in the order of the points.
 
 #pragma once
 
-#include "grid_device.h"
 #include "point_merge.h"
+#include "warp.h"
 
 namespace boltz_mm::cuda {
 
@@ -19,18 +15,6 @@ constexpr int kMergePacks = 2;  // vectors of channels that a lane holds
 
 BOLTZ_MM_DEVICE float error_function(float x) { return erff(x); }
 BOLTZ_MM_DEVICE double error_function(double x) { return erf(x); }
-BOLTZ_MM_DEVICE float square_root(float x) { return sqrtf(x); }
-BOLTZ_MM_DEVICE double square_root(double x) { return sqrt(x); }
-
-template <typename C, int N>
-struct Numbers {
-  C x[N];
-
-  BOLTZ_MM_DEVICE void clear() {
-    BOLTZ_MM_UNROLL
-    for (int i = 0; i < N; ++i) x[i] = 0;
-  }
-};
 
 // The pairs (point, row of feat) that the lanes of a warp have in hand; `other` is negative where there is none.
 template <typename C>

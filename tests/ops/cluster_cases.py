@@ -31,10 +31,14 @@ class ClusterCase:
     leaves: dict[str, Tensor]
     others: dict[str, Any] = field(default_factory=dict)
 
+    def output(self) -> Tensor:
+        """The output, attached to the leaves."""
+        return cluster_attention(**self.leaves, **self.others)
+
     def run(self, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """The output, and the gradients of a fixed random projection of it."""
         leaves = {name: leaf.detach().requires_grad_() for name, leaf in self.leaves.items()}
-        output = cluster_attention(**leaves, **{**self.others, **changes})
+        output = ClusterCase(leaves, {**self.others, **changes}).output()
         return output, self.gradients(output, leaves)
 
     def expected(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, dict[str, Tensor]]:
@@ -46,7 +50,7 @@ class ClusterCase:
     def gradients(self, output: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """The gradients of a projection whose numbers the dtype of the case can hold."""
         generator = torch.Generator().manual_seed(3)
-        cotangent = torch.randn(output.shape, generator=generator).to(self.leaves['query'].dtype).to(output.dtype)
+        cotangent = torch.randn(output.shape, generator=generator).to(self.leaves['query'].dtype).to(output)
         grads = torch.autograd.grad(output, list(leaves.values()), cotangent)
         return dict(zip(leaves, grads, strict=True))
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../../ops/cuda/point_merge_device.h"
+#include "emulated_warp.h"
 
 namespace torch::stable::accelerator {
 struct NoGuard {
@@ -22,29 +23,6 @@ static AOTITorchError no_stream(int32_t, void** stream) {
 
 namespace boltz_mm::cuda {
 namespace {
-
-struct EmulatedWarp {
-  template <typename X>
-  struct Lanes {
-    X of_lane[kWarp];
-    X& operator[](int lane) { return of_lane[lane]; }
-  };
-
-  template <typename F>
-  void each(const F& f) const {
-    for (int lane = 0; lane < kWarp; ++lane) f(lane);
-  }
-
-  template <typename C, int N>
-  void sum(Lanes<Numbers<C, N>>& numbers, int first, int last) const {
-    for (int distance = first; distance < last; distance *= 2) {
-      const Lanes<Numbers<C, N>> before = numbers;
-      for (int lane = 0; lane < kWarp; ++lane) {
-        for (int i = 0; i < N; ++i) numbers[lane].x[i] += before.of_lane[lane ^ distance].x[i];
-      }
-    }
-  }
-};
 
 struct Emulate {
   const MergeProblem& problem;

@@ -210,7 +210,9 @@ def test_opcheck(name: str, native: None) -> None:
     torch.library.opcheck(torch.ops.boltz_mm.cluster_attention.default, tuple(needing), test_utils=CHECKS)
     output, normalizer = torch.ops.boltz_mm.cluster_attention(*arguments)
     backward = torch.ops.boltz_mm.cluster_attention_backward.default
-    torch.library.opcheck(backward, (torch.ones_like(output), normalizer, *arguments), test_utils=CHECKS)
+    nearest = arguments[5]
+    order = None if nearest is None else nearest.flatten(1).argsort(stable=True)  # which CUDA asks for
+    torch.library.opcheck(backward, (torch.ones_like(output), normalizer, *arguments, order), test_utils=CHECKS)
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ OPERATORS = [
     f'{name}{suffix}'
     for name in (
         *('box_attention', 'deform_attention', 'instance_attention', 'cluster_wf', 'point_merge'),
-        *('point_deform_attention', 'inverse_distance_interpolate'),
+        *('point_deform_attention', 'inverse_distance_interpolate', 'cluster_attention'),
     )
     for suffix in ('', '_backward')
 ] + ['knn_points', 'space_filling_order']

@@ -22,5 +22,6 @@ PROGRAM
 
 BOLTZ_MM_CUDA=1 "$python" setup.py -q build_ext --inplace
 "$python" -c 'from boltz_mm.ops import _backend; assert "cuda" in _backend._loaded_devices, _backend._load_errors'
-"$python" -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_cuda_points.py
+"$python" -m pytest -q -p no:cacheprovider tests/ops/test_cuda.py tests/ops/test_cuda_points.py \
+  tests/ops/test_cuda_cluster_attention.py
 "$python" tools/benchmark/ops.py --device cuda "$@"
