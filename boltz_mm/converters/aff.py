@@ -186,7 +186,7 @@ def infer_aff_classifier_config(state: Mapping[str, Tensor], **backbone: Any) ->
         **backbone: Further settings of :class:`boltz_mm.models.backbones.aff.AFF`, those that weights do not tell.
 
     Returns:
-        Config for ``MODELS.build``, without data preprocessor.
+        Config for ``MODELS.build``, without means and deviations of images.
 
     Raises:
         ValueError: The state dict is not that of a whole classifier.
@@ -195,7 +195,14 @@ def infer_aff_classifier_config(state: Mapping[str, Tensor], **backbone: Any) ->
     return {
         'type': 'mmpretrain.ImageClassifier',
         'backbone': {'type': 'boltz_mm.AFF', 'arch': infer_aff_arch(state), 'out_type': 'avg', **backbone},
-        'head': {'type': 'mmpretrain.LinearClsHead', 'num_classes': num_classes, 'in_channels': in_channels},
+        'head': {
+            'type': 'mmpretrain.LinearClsHead',
+            'num_classes': num_classes,
+            'in_channels': in_channels,
+            'loss': {'type': 'mmpretrain.CrossEntropyLoss'},
+        },
+        # Named with its scope: the classifier would look for its own default in the scope of the moment.
+        'data_preprocessor': {'type': 'mmpretrain.ClsDataPreprocessor'},
     }
 
 
@@ -212,7 +219,7 @@ def infer_aff_segmentor_config(
         **backbone: Further settings of :class:`boltz_mm.models.backbones.aff.AFF`, those that weights do not tell.
 
     Returns:
-        Config for ``MODELS.build``, without data preprocessor.
+        Config for ``MODELS.build``, without means and deviations of images.
 
     Raises:
         ValueError: The state dict is not that of a whole segmentor.
