@@ -10,4 +10,4 @@ _base_ = [
 train_dataloader = dict(batch_size=8)
 val_evaluator = dict(metric='segm')
 test_evaluator = val_evaluator
-default_hooks = dict(checkpoint=dict(interval=8, max_keep_ckpts=2, save_best='coco/segm_mAP'))
+default_hooks = dict(checkpoint=dict(interval=10, max_keep_ckpts=2, save_best='coco/segm_mAP'))

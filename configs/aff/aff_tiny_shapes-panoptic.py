@@ -12,4 +12,4 @@ model = dict(
     panoptic_fusion_head=dict(num_stuff_classes=5),
     test_cfg=dict(panoptic_on=True, instance_on=False),
 )
-default_hooks = dict(checkpoint=dict(interval=8, max_keep_ckpts=2, save_best='coco_panoptic/PQ', rule='greater'))
+default_hooks = dict(checkpoint=dict(interval=10, max_keep_ckpts=2, save_best='coco_panoptic/PQ', rule='greater'))

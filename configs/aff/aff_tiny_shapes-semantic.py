@@ -7,5 +7,5 @@ _base_ = [
     '../_base_/schedules/aff_shapes_seg.py',
 ]
 
-default_hooks = dict(checkpoint=dict(by_epoch=True, interval=8, max_keep_ckpts=2))
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=10, max_keep_ckpts=2))
 log_processor = dict(by_epoch=True)

@@ -15,5 +15,5 @@ model = dict(
     ),
     decode_head=dict(in_channels=[32, 64, 96, 128], channels=64, num_classes=8, norm_cfg=dict(type='BN')),
 )
-default_hooks = dict(checkpoint=dict(by_epoch=True, interval=8, max_keep_ckpts=2))
+default_hooks = dict(checkpoint=dict(by_epoch=True, interval=10, max_keep_ckpts=2))
 log_processor = dict(by_epoch=True)

@@ -1,8 +1,8 @@
-# As for the classification of shapes, with small batches: 2400 updates of 8 images.
+# As for the classification of shapes, with small batches: 4500 updates of 8 images.
 _base_ = './aff_shapes.py'
 
-max_epochs = 32
-train_cfg = dict(max_epochs=max_epochs, val_interval=8)
+max_epochs = 60
+train_cfg = dict(max_epochs=max_epochs, val_interval=10)
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=0.5))
 param_scheduler = [
     dict(
