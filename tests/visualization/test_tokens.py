@@ -141,7 +141,7 @@ def dataset(tmp_path: Path) -> tuple[Path, Config]:
     content = dict(images=images, annotations=annotations, categories=[dict(id=1, name='a')])
     (tmp_path / 'a.json').write_text(json.dumps(content))
     pipeline = [
-        dict(type='mmdet.LoadImageFromFile'),
+        dict(type='LoadImageFromFile'),
         dict(type='mmdet.Resize', scale=(96, 64), keep_ratio=True),
         dict(type='mmdet.LoadAnnotations', with_mask=True),
         dict(type='mmdet.PackDetInputs'),
